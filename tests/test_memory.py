@@ -157,8 +157,8 @@ DOC = 400
 
 def bytes_a_token(work, monkeypatch, *sizes):
     """How much more is held at most for each further token, where work is done in small parts."""
-    parts = {"TOKENS_AT_ONCE": (800, document_text, alignment), "PART": (4096, max_activating, indices)}
-    parts["ROWS_AT_ONCE"] = 4096, document_text, corpus, feature_store, indices
+    parts = {"TOKENS_AT_ONCE": (800, document_text, alignment), "PART": (4096, indices)}
+    parts["ROWS_AT_ONCE"] = 4096, document_text, corpus, feature_store, max_activating, indices
     for name, (size, *modules) in parts.items():
         for module in modules:
             monkeypatch.setattr(module, name, size)

@@ -10,6 +10,7 @@ if TYPE_CHECKING:
         FeatureSide as FeatureSide,
         FeatureTable as FeatureTable,
         describe_feature as describe_feature,
+        describe_features as describe_features,
         list_features as list_features,
     )
     from saelab.analysis.density import (

@@ -3,6 +3,7 @@
 Also the table of all features of a store: firing density, counts and sizes by sign, and most frequent tokens.
 """
 
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from typing import Any, SupportsIndex
@@ -11,11 +12,13 @@ import numpy as np
 
 from saelab.analysis.direct_logits import LogitLens, Promoted
 from saelab.analysis.feature_similarity import NearestFeatures
-from saelab.analysis.max_activating import FeatureExamples, as_halves, max_activating_examples, top_words
-from saelab.stores.feature_store import FeatureStore, Firings
+from saelab.analysis.max_activating import ExampleChoice, FeatureExamples, as_halves, find_examples, top_words
+from saelab.stores.feature_store import Feature, FeatureStore, Firings
 from saelab.stores.results import Result, format_table
 
 N_BINS = 40
+HELD_FEATURES, HELD_CODES = 16, 2**17
+"""Features that are described at a time, and codes of them that are held, unless one alone has more."""
 N_WORDS = 6
 COLUMNS = ("feature", "density", "n_positive", "n_negative", "balance", "mean", "peak")
 
@@ -106,12 +109,61 @@ def describe_feature(
         IndexError: the feature does not exist.
         KeyError: `lens` does not include the feature.
     """
+    own = ExampleChoice(**choice)
     firings = store.feature(feature)
+    return _describe(firings, next(find_examples(store, [firings], own)), label, lens, neighbors)
+
+
+def describe_features(
+    store: FeatureStore,
+    features: Sequence[int],
+    *,
+    labels: Mapping[int, str] | None = None,
+    lens: LogitLens | None = None,
+    neighbors: NearestFeatures | None = None,
+    **choice: Any,
+) -> Iterator[FeatureCard]:
+    """The dashboards of several features, as `describe_feature` makes each; the text is read once for several of them.
+
+    Args:
+        store: feature store that holds the features' codes.
+        features: numbers of the features, 0 to d_sae - 1.
+        labels: texts shown as names, by feature; None for none.
+        lens: as in `describe_feature`.
+        neighbors: as in `describe_feature`.
+        **choice: options of `max_activating_examples`, such as `n_top`.
+
+    Raises:
+        IndexError, KeyError: as in `describe_feature`.
+    """
+    own = ExampleChoice(**choice)
+    for part in _split(store, features):
+        firings = [store.feature(j) for j in part]
+        for one, found in zip(firings, find_examples(store, firings, own), strict=True):
+            yield _describe(one, found, (labels or {}).get(one.feature, ""), lens, neighbors)
+
+
+def _split(store: FeatureStore, features: Sequence[int]) -> Iterator[list[int]]:
+    """Features in their order, few enough at a time that their codes are held."""
+    fires, part, n = store.statistics.fires.sum(1), list[int](), 0
+    for j in features:
+        n += int(fires[j])
+        if part and (n > HELD_CODES or len(part) == HELD_FEATURES):
+            yield part
+            part, n = [], int(fires[j])
+        part.append(j)
+    if part:
+        yield part
+
+
+def _describe(
+    firings: Feature, found: FeatureExamples, label: str, lens: LogitLens | None, neighbors: NearestFeatures | None
+) -> FeatureCard:
+    store = firings.store
     counts, edges = _count(firings)
     sides = [side for sign in (1, -1) if (side := _look(store, firings, sign)) is not None]
     sides.sort(key=lambda side: -side.peak)
     order = [side.sign for side in sides] + [0]
-    found = max_activating_examples(store, firings.feature, **choice)
     groups = sorted((group for group in found.groups), key=lambda group: order.index(group.side))
     return FeatureCard(
         feature=firings.feature,

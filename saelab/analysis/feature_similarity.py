@@ -1,8 +1,11 @@
 """Similarity of features by decoder cosine, correlation of codes, or co-firing: nearest of all features, or of one."""
 
+import os
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Literal, SupportsIndex, get_args
+from functools import partial
+from typing import TYPE_CHECKING, Literal, SupportsIndex, get_args
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -16,6 +19,9 @@ from saelab.functional.statistics import correlation_of_sums
 from saelab.sae.sae import SAE
 from saelab.stores.feature_store import FeatureStore
 from saelab.stores.results import Result, format_table
+
+if TYPE_CHECKING:
+    from scipy.sparse import csc_matrix, csr_matrix
 
 SimilarityMeasure = Literal["correlation", "phi", "cosine"]
 BLOCK = 512
@@ -273,14 +279,24 @@ def _correlations(store: FeatureStore, firing: bool) -> Iterator[tuple[int, np.n
     """Pearson's correlations of codes, or of firing, in blocks of rows, summed over shards of which one is held."""
     n, seen = len(store), store.statistics
     x, xx = (seen.fires.sum(1),) * 2 if firing else (seen.sums[:, 0] - seen.sums[:, 1], seen.squares.sum(1))
-    for start in range(0, store.d_sae, BLOCK):
-        part = slice(start, min(start + BLOCK, store.d_sae))
-        sums = np.zeros((part.stop - start, store.d_sae))
-        for rows, columns in store.shard_matrices(start, part.stop):
-            if firing:
-                rows.data, columns.data = np.ones_like(rows.data), np.ones_like(columns.data)
-            sums += (columns.T.tocsr() @ rows).toarray()
-        yield start, correlation_of_sums(n, x[part, None], x, xx[part, None], xx, sums).astype(np.float32)
+    n_threads = max(1, min(torch.get_num_threads(), os.cpu_count() or 1))
+    with ThreadPoolExecutor(n_threads) as pool:  # each thread sums rows of its own, so that all sums stay the same
+        for start in range(0, store.d_sae, BLOCK):
+            part = slice(start, min(start + BLOCK, store.d_sae))
+            sums = np.zeros((part.stop - start, store.d_sae))
+            step = -(-len(sums) // (8 * n_threads))  # few products are held at a time
+            for rows, columns in store.shard_matrices(start, part.stop):
+                if firing:
+                    rows.data, columns.data = np.ones_like(rows.data), np.ones_like(columns.data)
+                pieces = [slice(i, i + step) for i in range(0, len(sums), step)]
+                list(pool.map(partial(_add_products, sums, columns, rows), pieces))
+                del rows, columns  # before the next are read
+            yield start, correlation_of_sums(n, x[part, None], x, xx[part, None], xx, sums).astype(np.float32)
+
+
+def _add_products(sums: np.ndarray, columns: "csc_matrix", rows: "csr_matrix", piece: slice) -> None:
+    """Add the sums over tokens of the products of the codes of some columns with all others."""
+    sums[piece] += (columns[:, piece].T.tocsr() @ rows).toarray()
 
 
 def _nearest(start: int, block: np.ndarray, m: int) -> tuple[np.ndarray, np.ndarray]:

@@ -1,16 +1,16 @@
 """Max-activating examples: windows of text around firings of each strength, near misses and random tokens."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import SupportsIndex
 
 import numpy as np
 from jaxtyping import Bool, Float16, Float32, Int, Integer
 
-from saelab.functional.indices import PART, ChosenRuns, RowMarker, draw_rows, read_feature
+from saelab.functional.indices import ROWS_AT_ONCE, ChosenRuns, RowMarker, draw_rows, read_feature
 from saelab.stores.corpus import group_words, strongest
-from saelab.stores.feature_store import FeatureStore, Firings
+from saelab.stores.feature_store import Feature, FeatureStore, Firings
+from saelab.stores.packing import smallest_int
 from saelab.stores.results import Result
 
 CANDIDATES = 8
@@ -20,6 +20,8 @@ BEFORE, AFTER = 16, 8
 MANY_VALUES, DENSE_IDS = 2**14, 16
 """Values of which so many are sorted by their bits, and token ids that are counted in a table of at most so many times
 their number."""
+_Ranks = tuple[list[int], list[np.ndarray]]
+"""Ids of tokens, and of each the ranks among its occurrences that are asked for."""
 MANY = 2048
 """Near misses are drawn from at most so many occurrences of one token."""
 
@@ -126,28 +128,76 @@ def max_activating_examples(
         seed: seed of all draws.
     """
     feature = read_feature(feature, d_sae=store.d_sae)
-    rng = np.random.default_rng((seed, feature))
-    before, after = (store.text.widen(n) if own is None else own for own, n in ((before, BEFORE), (after, AFTER)))
-    view = _View(store, store.feature(feature), rows, before, after)
+    sizes = {"n_top": n_top, "n_quantiles": n_quantiles, "n_each": n_each, "n_near": n_near, "n_random": n_random}
+    choice = ExampleChoice(**sizes, before=before, after=after, rows=rows, seed=seed)
+    return next(find_examples(store, [store.feature(feature)], choice))
+
+
+@dataclass(frozen=True, eq=False)
+class ExampleChoice:
+    """Options of `max_activating_examples`."""
+
+    n_top: int = 10
+    n_quantiles: int = 5
+    n_each: int = 4
+    n_near: int = 4
+    n_random: int = 4
+    before: int | None = None
+    after: int | None = None
+    rows: Bool[np.ndarray, "n_tokens"] | ChosenRuns | None = None
+    seed: int = 0
+
+
+def find_examples(store: FeatureStore, features: Sequence[Feature], choice: ExampleChoice) -> Iterator[FeatureExamples]:
+    """The windows of several features, each as `max_activating_examples` chooses them; the text is read once for all.
+
+    Args:
+        store: feature store that holds the text.
+        features: codes of the features.
+        choice: options of the search.
+    """
+    searches = [_search(store, one, choice) for one in features]
+    found = _rows_of_tokens(store, [ranks for ranks, _ in searches])
+    for (_, finish), rows in zip(searches, found, strict=True):
+        yield finish(rows)
+
+
+def _search(
+    store: FeatureStore, column: Feature, choice: ExampleChoice
+) -> tuple[_Ranks, Callable[[list[np.ndarray]], FeatureExamples]]:
+    """Windows around one feature's firings: which occurrences of tokens are needed besides, and a function from their
+    rows to all windows.
+    """
+    rng = np.random.default_rng((choice.seed, column.feature))
+    widths = ((choice.before, BEFORE), (choice.after, AFTER))
+    before, after = (store.text.widen(n) if own is None else own for own, n in widths)
+    view = _View(store, column, choice.rows, before, after)
     groups: list[ExampleGroup] = []
     for side in (1, -1):
         at = view.firings(side)
         if len(at) == 0:
             continue
         order = sort_by_size(at.values)
-        groups.append(view.choose("top", side, at.indices[order], at, n_top))
-        for i, part in enumerate(np.array_split(order[::-1], n_quantiles)) if n_quantiles else ():
+        groups.append(view.choose("top", side, at.indices[order], at, choice.n_top))
+        parts = np.array_split(order[::-1], choice.n_quantiles) if choice.n_quantiles else ()
+        for i, part in enumerate(parts):
             if len(part) == 0:  # fewer firings than groups
                 continue
             chosen = rng.permutation(at.indices[part])
-            name = f"quantile {i + 1} of {n_quantiles}"
-            groups.append(view.choose(name, side, chosen, Firings(at.indices[part], at.values[part]), n_each))
-    if n_near or n_random:  # what is drawn second depends on what was drawn first
-        groups.append(view.choose("near miss", 0, _near_misses(view, groups, rng), None, n_near))
-        groups.append(view.choose("random", 0, view.draw(CANDIDATES * n_random, rng), None, n_random))
-    return FeatureExamples(
-        feature=feature, n_tokens=view.n_tokens, groups=tuple(group for group in groups if group.examples)
-    )
+            name = f"quantile {i + 1} of {choice.n_quantiles}"
+            groups.append(view.choose(name, side, chosen, Firings(at.indices[part], at.values[part]), choice.n_each))
+    quiet = choice.n_near or choice.n_random  # what is drawn second depends on what was drawn first
+
+    def finish(found: list[np.ndarray]) -> FeatureExamples:
+        if quiet:
+            near = _near_misses(view, found, rng)
+            groups.append(view.choose("near miss", 0, near, None, choice.n_near))
+            drawn = view.draw(CANDIDATES * choice.n_random, rng)
+            groups.append(view.choose("random", 0, drawn, None, choice.n_random))
+        kept = tuple(group for group in groups if group.examples)
+        return FeatureExamples(feature=column.feature, n_tokens=view.n_tokens, groups=kept)
+
+    return _choose_ranks(view, groups, rng) if quiet else ([], []), finish
 
 
 def draw_examples(
@@ -204,6 +254,7 @@ class _View:
             )
         self.store, self.column, self.rows = store, column, rows
         self.before, self.after = before, after
+        self.places: dict[int, int] = {}
         self.n_tokens = len(store) if rows is None else int(rows.sum())
 
     def firings(self, side: int) -> Firings:
@@ -248,6 +299,7 @@ class _View:
                 continue
             seen.add(words)
             spans.append((start, stop))
+            self.places[token] = place
             yield self._example(token, place, start, stop, words)
 
     def _example(self, token: int, place: int, start: int, stop: int, words: tuple[str, ...]) -> Example:
@@ -258,7 +310,10 @@ class _View:
         a, b = np.searchsorted(self.column.indices, (first, end))
         values[places[self.column.indices[a:b] - least] - start] = self.column.values[a:b]
         doc_id = int(self.store.text.doc_ids[place])
-        groups, center = list(group_words(words)), place - start
+        center = place - start
+        if "" not in words[1:]:  # every token is a word of its own
+            return Example(words=words, values=tuple(values.tolist()), center=center, token=token, doc_id=doc_id)
+        groups = list(group_words(words))
         return Example(
             words=tuple("".join(words[group]) for group in groups),
             values=tuple(strongest(values[group].tolist()) for group in groups),
@@ -268,13 +323,18 @@ class _View:
         )
 
 
-def _near_misses(view: _View, groups: list[ExampleGroup], rng: "np.random.Generator") -> Integer[np.ndarray, "n"]:
-    """Rows, in random order, whose token is at a top window's center but where the feature does not fire."""
+def _choose_ranks(view: _View, groups: list[ExampleGroup], rng: "np.random.Generator") -> _Ranks:
+    """The tokens at the centers of top windows, and which occurrences of each are near misses at most."""
     tops = [example.token for group in groups if group.name == "top" for example in group.examples]
-    ids = np.unique([view.store.read_tokens(row, row + 1) for row in tops]).tolist()
+    ids = np.unique(view.store.text.token_ids[[view.places[row] for row in tops]]).tolist() if tops else []
     counts = view.store.count_tokens(ids)
-    ranks = [np.arange(n) if n <= MANY else rng.choice(n, MANY, replace=False) for n in counts]
-    rows = np.concatenate([np.empty(0, np.int64), *_rows_of_tokens(view.store, ids, ranks)])
+    ranks = (np.arange(n) if n <= MANY else rng.choice(n, MANY, replace=False) for n in counts)
+    return ids, [own.astype(np.int32) for own in ranks]
+
+
+def _near_misses(view: _View, found: list[np.ndarray], rng: "np.random.Generator") -> Integer[np.ndarray, "n"]:
+    """Rows, in random order, whose token is at a top window's center but where the feature does not fire."""
+    rows = np.concatenate([np.empty(0, np.int32), *found])
     fires = view.column.indices
     places = np.minimum(np.searchsorted(fires, rows), max(len(fires) - 1, 0))
     silent = fires[places] != rows if len(fires) else np.ones(len(rows), bool)
@@ -283,20 +343,30 @@ def _near_misses(view: _View, groups: list[ExampleGroup], rng: "np.random.Genera
     return rng.permutation(rows[silent])
 
 
-def _rows_of_tokens(store: FeatureStore, ids: list[int], ranks: list[np.ndarray]) -> list[np.ndarray]:
-    """Of the rows at which each token stands those at some ranks among them; gone through once."""
-    found, seen = [np.empty(len(own), np.int64) for own in ranks], np.zeros(len(ids), np.int64)
-    numbers = np.full(max(ids, default=0) + 2, len(ids), np.int16)  # the last is of all tokens beyond
+def _rows_of_tokens(store: FeatureStore, wanted: Sequence[_Ranks]) -> list[list[np.ndarray]]:
+    """Of the rows at which each token stands those at some ranks among them; all are found in one pass."""
+    found = [[np.empty(len(own), np.int32) for own in ranks] for _, ranks in wanted]
+    ids = sorted({token for tokens, _ in wanted for token in tokens})
+    at = {token: k for k, token in enumerate(ids)}
+    asked = [
+        (at[token], own, rows)
+        for (tokens, ranks), into in zip(wanted, found, strict=True)
+        for token, own, rows in zip(tokens, ranks, into, strict=True)
+    ]
+    numbers = np.full(max(ids, default=0) + 2, len(ids), smallest_int(len(ids)))  # the last is of all tokens beyond
     numbers[ids] = np.arange(len(ids))
-    for start in range(0, len(store), PART) if ids else ():
-        here = numbers.take(store.read_tokens(start, start + PART), mode="clip")
-        hits = np.flatnonzero(here < len(ids))
-        hits = hits[np.argsort(here[hits], kind="stable")]
-        bounds = np.searchsorted(here[hits], np.arange(len(ids) + 1))
-        for k, (first, end) in enumerate(pairwise(bounds.tolist())):
-            own = (ranks[k] >= seen[k]) & (ranks[k] < seen[k] + end - first)
-            found[k][own] = hits[first + ranks[k][own] - seen[k]] + start
-        seen += np.diff(bounds)
+    seen = np.zeros(len(ids), np.int64)
+    for start in range(0, len(store), ROWS_AT_ONCE) if ids else ():
+        here = numbers.take(store.read_tokens(start, start + ROWS_AT_ONCE), mode="clip")
+        hits = np.argsort(here, kind="stable")
+        ends = np.cumsum(np.bincount(here, minlength=len(ids) + 1)[:-1])
+        counts = np.diff(ends, prepend=0)
+        firsts = (ends - counts - seen).tolist()
+        for k, ranks, rows in asked:
+            low, high = int(seen[k]), int(seen[k] + counts[k])
+            own = (ranks >= low) & (ranks < high)
+            rows[own] = hits[firsts[k] + ranks[own]] + start
+        seen += counts
     return found
 
 

@@ -16,7 +16,7 @@ from jaxtyping import Bool, Float, Float32, Int, Integer, Shaped
 from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits
 
-from saelab.functional.indices import exchange_groups, permute_within
+from saelab.functional.indices import exchange_groups, number_rows, permute_within
 
 INSIDE = 0.9
 """Tokens are permuted within their documents where at least this share of the label's variance lies within these."""
@@ -87,7 +87,7 @@ def dispersion(
     if len(fires) > SHIFTED_FIRINGS:
         start = int(rng.integers(len(fires)))
         fires = fires.take(np.arange(start, start + SHIFTED_FIRINGS), mode="wrap")
-    own = np.unique(blocks[fires], return_inverse=True)[1] if blocks is not None else np.zeros(len(fires), np.int64)
+    own = number_rows(blocks[fires])[1] if blocks is not None else np.zeros(len(fires), np.int64)
     steps = rng.integers(1, max(n_tokens, 2), size=(N_SHIFTS, int(own.max(initial=0)) + 1))[:, own]
     hits = np.count_nonzero(holds((fires + steps) % n_tokens), axis=1)
     expected = len(fires) * rate * (1 - rate)

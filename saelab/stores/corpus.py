@@ -212,7 +212,7 @@ class StoredText:
     def words(self, start: int, stop: int) -> list[str]:
         """Text of the tokens `start:stop`; a character of several tokens is at the first of them, the others are ""."""
         ids = self.token_ids[start:stop].tolist()
-        if not self.parts or not any(i in self.parts for i in ids):
+        if self.parts.keys().isdisjoint(ids):
             return [self.strings.get(i, f"<{i}>") for i in ids]
         first, end = self._reach(start, stop)
         return list(self.spelling(first, end).words[start - first : stop - first])
@@ -304,6 +304,10 @@ class _Strings(Mapping[int, str]):
     def __getitem__(self, token_id: int) -> str:
         return self._known[token_id]
 
+    def get(self, token_id: int, default: Any = None) -> Any:
+        """The string of a token id, or the default: as every mapping's, without a call for each that is found."""
+        return self._known.get(token_id, default)
+
     def __iter__(self) -> Iterator[int]:
         return iter(self._known)
 
@@ -392,6 +396,9 @@ class Places:
         start, stop, _ = part.indices(len(self))
         found = [np.zeros(0, np.int32)]
         if start < stop and len(self._first):  # this checks them
+            piece = bisect_right(self._starts, start) - 1
+            if stop <= self._starts[piece + 1]:
+                return self._read(piece, start - self._starts[piece], stop - self._starts[piece])
             for piece in range(bisect_right(self._starts, start) - 1, bisect_left(self._starts, stop)):
                 first, end = (min(max(at - self._starts[piece], 0), self._sizes[piece]) for at in (start, stop))
                 found.append(self._read(piece, first, end))

@@ -22,6 +22,7 @@ from saelab.sae.sae import SAE
 from saelab.stores.activations import Activations
 from saelab.stores.feature_store import FeatureStore
 from saelab.stores.results import Result, format_table
+from saelab.universality.assignment import pair_all
 from saelab.universality.matching import assign
 from saelab.universality.nearest import find_nearest
 from saelab.universality.similarity import cosine_blocks
@@ -424,12 +425,12 @@ def match_rows(
     """
     if len(a) * len(b) > EXACT:
         return _match_nearest(a, b, signed)
-    from scipy.optimize import linear_sum_assignment
-
-    cosines = np.concatenate([block().numpy() for _, block in cosine_blocks(a, b)])
-    sizes = np.abs(cosines) if signed else cosines
-    rows, partners = linear_sum_assignment(sizes, maximize=True)
-    of_a = sizes[rows, partners].astype(np.float64)
+    sizes = np.empty((len(a), len(b)), np.float32)
+    for start, block in cosine_blocks(a, b):
+        cosines = block().numpy()
+        sizes[start : start + len(cosines)] = np.abs(cosines) if signed else cosines
+    partners = pair_all(sizes)
+    of_a = sizes[np.arange(len(a)), partners].astype(np.float64)
     return of_a, of_a[np.argsort(partners)], float(sizes.max(1).mean() + sizes.max(0).mean()) / 2
 
 

@@ -36,8 +36,12 @@ def draw_window(example: Example, scale: float) -> str:
 
     `data-row` is the store's row of the token that the window was chosen for.
     """
-    words = zip(example.words, example.values, strict=True)
-    inside = (_token(word, value, scale, i == example.center) for i, (word, value) in enumerate(words))
+    inside = [
+        _token(word, value, scale, False) if value else _silent(word)
+        for word, value in zip(example.words, example.values, strict=True)
+    ]
+    center = example.center
+    inside[center] = _token(example.words[center], example.values[center], scale, True)
     return f'<div class="win" data-row="{example.token}">{"".join(inside)}</div>'
 
 
@@ -73,6 +77,11 @@ def _token(word: str, value: float, scale: float, center: bool) -> str:
         return f"<i{kind}>{show_text(word)}</i>"
     alpha = STRONGEST * min(1.0, abs(value) / scale)
     return f'<b{kind} style="--a:{alpha:.2f}" title="{value:+.3g}">{show_text(word)}</b>'
+
+
+@lru_cache(maxsize=1 << 16)
+def _silent(word: str) -> str:
+    return f"<i>{show_text(word)}</i>"
 
 
 def _head(card: FeatureCard, labels: Sequence[Label]) -> str:

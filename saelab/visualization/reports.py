@@ -11,7 +11,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from saelab.analysis.dashboard import FeatureCard, describe_feature
+from saelab.analysis.dashboard import FeatureCard, describe_features
 from saelab.analysis.density import KINDS, DeadFeatures, dead_features
 from saelab.analysis.direct_logits import LogitLens, logit_lens
 from saelab.analysis.feature_similarity import NearestFeatures, nearest_features
@@ -102,7 +102,7 @@ def summarize(store: FeatureStore, found: DeadFeatures, evaluation: Evaluation |
         "Model": f"{shareable(origin.model)} (weight processing: {origin.weight_processing})",
         "Hook point": origin.hook_point,
         "Text": f"{shareable(origin.text)}, rows of {origin.ctx_len} tokens",
-        "Tokens": f"{len(store):,}, in {len(set(store.doc_ids.tolist())):,} documents",
+        "Tokens": f"{len(store):,}, in {len(store.find_documents()):,} documents",
         "L0": f"{store.l0:.2f} codes a token, {'of both signs' if store.signed else 'all positive'}",
         "Trained on": _format_training(store.manifest.sae.get("training")),
     }
@@ -349,11 +349,13 @@ def _cards(
     """Each feature's row of the list and its card as HTML."""
     from tqdm.auto import tqdm
 
-    for j in tqdm(wanted, unit=" features", disable=hidden(progress)):
-        name = names.get(j, _Name(""))
-        card = describe_feature(store, j, label=name.text, lens=lens, neighbors=near, **choice)
+    texts = {j: name.text for j, name in names.items()}
+    cards = describe_features(store, wanted, labels=texts, lens=lens, neighbors=near, **choice)
+    for card in tqdm(cards, total=len(wanted), unit=" features", disable=hidden(progress)):
+        j = card.feature
+        labels = names[j].labels if j in names else ()
         partner = matched.describe(j) if matched else {}
-        yield _row(card, found) | partner, draw_card(card, name.labels, matched.draw(card) if matched else "")
+        yield _row(card, found) | partner, draw_card(card, labels, matched.draw(card) if matched else "")
 
 
 def _write(page: _Page, target: Path, cards: Iterator[tuple[dict[str, Any], str]], n_features: int) -> Report:

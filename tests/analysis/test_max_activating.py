@@ -10,6 +10,7 @@ import torch
 from unchecked import unchecked
 
 import saelab as sl
+from saelab.analysis import dashboard
 from saelab.evaluation.splicing import Stage
 from saelab.functional.statistics import rank_correlation
 from saelab.lm.unembedding import read_out
@@ -322,3 +323,18 @@ def test_columns_of_tables_never_touch():
     ]
     for line, row in zip(format_table(rows), rows, strict=True):
         assert line.split() == [cell for cell in row if cell]
+
+
+def test_several_features_at_a_time_are_described_as_each_alone(store, monkeypatch):
+    features = [5, 1, *range(store.d_sae - 3, store.d_sae)]
+    alone = [sl.analysis.describe_feature(store, j, label=str(j)) for j in features]
+    monkeypatch.setattr(dashboard, "HELD_CODES", int(store.statistics.fires.sum(1)[features].max()) + 1)
+    found = sl.analysis.describe_features(store, features, labels={j: str(j) for j in features})
+    assert list(found) == alone
+
+
+def test_places_are_read_in_pieces_as_whole(store):
+    opened = sl.FeatureStore.load(store.folder)
+    whole = np.concatenate([arrays["places"] for _, arrays in opened.shards()])
+    for start, stop in ((0, 5), (195, 205), (200, 400), (3, 3), (len(whole) - 2, len(whole) + 5)):
+        assert np.array_equal(opened.where[start:stop], whole[start:stop])

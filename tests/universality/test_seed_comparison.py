@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 import saelab as sl
-from saelab.universality import seed_comparison
+from saelab.universality import assignment, seed_comparison
 from saelab.universality.seed_comparison import (
     _draw_matched,
     _largest_cosines,
@@ -306,3 +306,21 @@ def test_baselines_of_each_seed_are_compared_by_name():
         sl.universality.seed_stability(saes, baselines=[*same[:2], {"same": saes[0]}])
     with pytest.raises(ValueError, match="Names of `baselines` must differ"):
         sl.universality.seed_stability(saes, baselines=[{"random": sae} for sae in saes])
+
+
+@pytest.mark.parametrize("kind", ["far", "near", "equal", "ties"])
+def test_the_assignment_among_candidates_is_the_best_of_all(kind, monkeypatch):
+    rng, d = np.random.default_rng(3), 300
+    sizes = rng.random((d, d)).astype(np.float32)
+    if kind == "near":  # every row likes the same columns most, so that few candidates are too few
+        sizes = (np.linspace(0, 1, d) + 0.01 * sizes).astype(np.float32)
+    elif kind == "equal":
+        sizes[np.arange(d), rng.permutation(d)] = 1
+    elif kind == "ties":
+        sizes[:, 7:] = 0
+    monkeypatch.setattr(assignment, "CANDIDATES", 2)
+    rows, partners = linear_sum_assignment(sizes, maximize=True)
+    found = assignment.pair_all(sizes)
+    assert sorted(found.tolist()) == list(range(d))
+    assert np.isclose(sizes[rows, found].sum(dtype=float), sizes[rows, partners].sum(dtype=float), rtol=0, atol=1e-9)
+    assert kind == "ties" or np.array_equal(found, partners)

@@ -4,15 +4,19 @@ Counts come from sparse products for all tokens, from packed bits for chosen one
 side become predicates, however rare they are.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 from jaxtyping import Bool, Float, Int, Int32, Integer
 
 from saelab.analysis.direct_logits import LogitLens
+from saelab.analysis.max_activating import count_ids
+from saelab.functional.indices import number_rows
 from saelab.functional.statistics import adjust, dispersion, tail, window_auroc
 from saelab.labels.rules.predicates import Predicates, one_of_each
 from saelab.labels.rules.token_view import TokenView
@@ -23,10 +27,12 @@ from saelab.training.ranks import ALONE, RankGrid, Steps, run_together
 if TYPE_CHECKING:
     from scipy.sparse import csc_matrix, csr_matrix
 
+T = TypeVar("T")
+U = TypeVar("U")
 BLOCK_ENTRIES = 4_000_000
 """Codes held at once, unless one feature alone has more."""
 BLOCK_FEATURES = 4096
-PACKED_ROWS = 65536
+PACKED_ROWS = 4096
 N_BLOCKS = 64
 """Smallest number of blocks that are shifted independently when the null is measured."""
 PROMOTED_SHARE = 0.5
@@ -48,7 +54,7 @@ class PackedBits:
         """The packed form of a sparse matrix, computed a block of rows at a time."""
         bits = np.empty((matrix.shape[0], -(-matrix.shape[1] // 8)), np.uint8)
         for a in range(0, len(bits), PACKED_ROWS):
-            bits[a : a + PACKED_ROWS] = np.packbits(matrix[a : a + PACKED_ROWS].toarray() != 0, axis=1)
+            bits[a : a + PACKED_ROWS] = np.packbits(matrix[a : a + PACKED_ROWS].astype(bool).toarray(), axis=1)
         return cls(bits)
 
     def at(self, rows: Integer[np.ndarray, "n"], columns: Integer[np.ndarray, "m"]) -> Bool[np.ndarray, "n m"]:
@@ -144,6 +150,24 @@ class Counts:
         return 2 * self.both / np.maximum(self.fires[:, :, None] + self.holds, 1)
 
 
+@dataclass(frozen=True, eq=False)
+class SideCounts:
+    """The counts of a block of features, which are held sparse: those of a few sides at a time are made dense."""
+
+    hits: "csr_matrix"
+    """(n_sides * n_levels, n_predicates) tokens on which both are, by the level that the code reaches, highest first"""
+    fires: Int[np.ndarray, "n_sides n_levels"]
+    holds: Int[np.ndarray, "n_predicates"]
+    n_tokens: int
+
+    def of(self, sides: Int[np.ndarray, "n"]) -> Counts:
+        """The counts of some sides."""
+        n_levels = self.fires.shape[1]
+        rows = (sides[:, None] * n_levels + np.arange(n_levels)).ravel()
+        both = _from_above(self.hits[rows].toarray().reshape(len(sides), n_levels, -1))
+        return Counts(both, self.fires[sides], self.holds, self.n_tokens)
+
+
 class SplitCounts:
     """Predicates restricted to the training documents, or to the held-out ones; tokens are numbered within these."""
 
@@ -152,6 +176,13 @@ class SplitCounts:
         self.places = np.where(chosen, np.cumsum(chosen, dtype=np.int32) - np.int32(1), np.int32(-1))
         self.matrix = predicates.matrix[self.rows].astype(np.int32)
         self.holds = np.asarray(self.matrix.sum(0)).ravel().astype(np.int64)
+
+    @classmethod
+    def prepare(cls, predicates: Predicates, chosen: Bool[np.ndarray, "n_tokens"]) -> "SplitCounts":
+        """The counts with everything that is otherwise computed on first use."""
+        found = cls(predicates, chosen)
+        found.bits, found.pairs  # noqa: B018
+        return found
 
     @property
     def n_tokens(self) -> int:
@@ -191,8 +222,8 @@ class SplitCounts:
                 found[tokens] = True
         return found
 
-    def count(self, sides: SideFirings) -> Counts:
-        """All contingency counts of a block of features, by one sparse product that counts each code at the level it
+    def count(self, sides: SideFirings) -> "SideCounts":
+        """The contingency counts of a block of features, by one sparse product that counts each code at the level it
         reaches.
         """
         places = self.places[sides.rows]
@@ -200,9 +231,8 @@ class SplitCounts:
         ends = sides.ends[:, ::-1].ravel()
         offsets = np.concatenate([[0], np.cumsum(here)])[np.concatenate([[0], ends])].astype(np.int32)
         codes = as_csr(np.ones(offsets[-1], np.int32), places[here], offsets, (len(ends), self.n_tokens))
-        shape = sides.ends.shape
-        both = (codes @ self.matrix).toarray().reshape(*shape, -1)
-        return Counts(_from_above(both), _from_above(np.diff(offsets).reshape(shape)), self.holds, self.n_tokens)
+        fires = _from_above(np.diff(offsets).reshape(sides.ends.shape))
+        return SideCounts(codes @ self.matrix, fires, self.holds, self.n_tokens)
 
 
 def _from_above(counts: np.ndarray) -> np.ndarray:
@@ -266,7 +296,8 @@ class Judge:
         # blocks that are shifted together: documents, cut into pieces where there are few
         size = max(1, split.n_tokens // N_BLOCKS) if len(np.unique(self.doc_ids)) < N_BLOCKS else split.n_tokens
         _, documents = np.unique(self.doc_ids, return_inverse=True)
-        self._blocks = documents * N_BLOCKS + np.minimum(np.arange(split.n_tokens) // size, N_BLOCKS - 1)
+        pieces = documents * N_BLOCKS + np.minimum(np.arange(split.n_tokens) // size, N_BLOCKS - 1)
+        self._blocks = number_rows(pieces)[1]
 
     def test(
         self, holds: Callable[[np.ndarray], np.ndarray], size: int, fires: Integer[np.ndarray, "n"], side: int
@@ -380,21 +411,25 @@ def find_side_tokens(
     ids, numbers = np.unique(store.token_ids, return_inverse=True)
     holds = np.bincount(numbers[is_train], minlength=len(ids))
     found = np.zeros(len(ids), bool)
+    numbers = numbers.astype(np.int32)
+
+    def read(block: tuple[int, int]) -> "csc_matrix | None":
+        features = np.arange(*block)
+        features = features[features % ranks.size == ranks.index]
+        return read_columns(store, features) if len(features) else None
 
     def search() -> Steps:
-        for start, stop in feature_blocks(store):
-            features = np.arange(start, stop)
-            features = features[features % ranks.size == ranks.index]
-            if len(features):
-                columns = read_columns(store, features)
+        for columns in one_ahead(read, feature_blocks(store)):
+            if columns is not None:
                 kept = is_train[columns.indices]
-                feature = np.repeat(np.arange(len(features)), np.diff(columns.indptr))[kept]
+                side = np.repeat(np.arange(0, 2 * columns.shape[1], 2, dtype=np.int32), np.diff(columns.indptr))[kept]
                 codes, tokens = columns.data[kept], numbers[columns.indices[kept]]
-                side, sizes = 2 * feature + (codes < 0), np.abs(codes)
-                peaks = np.zeros(2 * len(features), sizes.dtype)
+                side += codes < 0
+                sizes = np.abs(codes)
+                peaks = np.zeros(2 * columns.shape[1], sizes.dtype)
                 np.maximum.at(peaks, side, sizes)
                 for level in LEVELS:
-                    here = sizes >= level * peaks[side]
+                    here = np.flatnonzero(sizes >= (level * peaks)[side])
                     found[_best_tokens(side[here], tokens[here], holds)] = True
             yield
 
@@ -404,9 +439,23 @@ def find_side_tokens(
 
 def _best_tokens(side: np.ndarray, tokens: np.ndarray, holds: np.ndarray) -> np.ndarray:
     """The best token of each side, where its F1 is large enough."""
-    pairs, both = np.unique(side.astype(np.int64) * len(holds) + tokens, return_counts=True)
+    pairs, both = count_ids(side.astype(np.int64) * len(holds) + tokens)
     sides, which = pairs // len(holds), pairs % len(holds)
     f1 = 2 * both / (np.bincount(side)[sides] + holds[which])
     order = np.lexsort((-f1, sides))
     first = order[np.append(True, np.diff(sides[order]) != 0)[: len(order)]]
     return which[first[f1[first] >= LEAST_F1]]
+
+
+def one_ahead(work: Callable[[T], U], items: Iterable[T]) -> Iterator[U]:
+    """Results of `work` for each item in order, the next one computed in the background, as it leaves the interpreter
+    free.
+    """
+    with ThreadPoolExecutor(max_workers=1) as background:
+        waiting: deque[Future[U]] = deque()
+        for item in items:
+            waiting.append(background.submit(work, item))
+            if len(waiting) > 1:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()

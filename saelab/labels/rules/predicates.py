@@ -371,6 +371,8 @@ class _Parts:
 
     def __init__(self, store: FeatureStore) -> None:
         self.places, self.n_tokens = store.places, len(store)
+        self.row_of = np.full(len(store.text), -1, np.int32)
+        self.row_of[self.places] = np.arange(self.n_tokens, dtype=np.int32)
         self.rows: list[np.ndarray] = []
         self.columns: list[np.ndarray] = []
         self.names: list[str] = []
@@ -378,7 +380,8 @@ class _Parts:
 
     def add(self, kind: str, name: str, marks: Bool[np.ndarray, "n"]) -> None:
         """Add one condition, given for every token of the text."""
-        rows = np.flatnonzero(marks[self.places]).astype(np.int32)
+        rows = self.row_of[np.flatnonzero(marks)]
+        rows = rows[rows >= 0]
         self._append(kind, [name], rows, np.zeros(len(rows), np.int32))
 
     def add_family(self, kind: str, names: Sequence[str], numbers: np.ndarray) -> None:

@@ -3,15 +3,14 @@
 A rule is the predicate, pair or list of predicates with the highest F1. Several processes divide the features.
 """
 
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 
 from saelab.analysis.direct_logits import LogitLens
 from saelab.functional.indices import FeatureIds, read_features
@@ -21,11 +20,13 @@ from saelab.labels.rules.contingency import (
     Counts,
     Judge,
     NextTokens,
+    SideCounts,
     SideFirings,
     SplitCounts,
     Verdict,
     add_side_tokens,
     feature_blocks,
+    one_ahead,
     q_values,
     read_columns,
 )
@@ -49,10 +50,10 @@ MIN_SHARE = 0.01
 N_BY_F1, N_BY_LIFT, LONGEST = 8, 6, 16
 PAIR_ROWS = 768
 """Firings in training documents, drawn at random, on which pairs are selected."""
+SIDES_AT_ONCE = 64
+"""Feature sides whose counts are dense at a time."""
 N_TOKENS = 400_000
 """Number of tokens that are used of a longer text."""
-T = TypeVar("T")
-U = TypeVar("U")
 PART_SHARE = 0.25
 """Share of the covered firings that each part of a polysemantic feature must have."""
 OVERLAP = 0.05
@@ -72,7 +73,7 @@ class Rule:
 
 
 def choose_rules(
-    counts: Counts,
+    counts: SideCounts,
     sides: SideFirings,
     split: SplitCounts,
     predicates: Predicates,
@@ -91,23 +92,46 @@ def choose_rules(
         seed: seed of the firings that pairs are selected on.
         numbers: number of each feature side, so that its draws are the same whatever other features are asked for.
     """
+    found: list[Rule | None] = [None] * len(sides)
+    live = np.flatnonzero(counts.fires[:, 0] >= min_count)  # no level of the others has enough firings
+    for start in range(0, len(live), SIDES_AT_ONCE):
+        chosen = live[start : start + SIDES_AT_ONCE]
+        rules = _choose(counts.of(chosen), chosen, sides, split, predicates, min_count, seed, numbers)
+        for side, rule in zip(chosen.tolist(), rules, strict=True):
+            found[side] = rule
+    return found
+
+
+def _choose(
+    counts: Counts,
+    chosen: Int[np.ndarray, "n"],
+    sides: SideFirings,
+    split: SplitCounts,
+    predicates: Predicates,
+    min_count: int,
+    seed: int,
+    numbers: Int[np.ndarray, "n_sides"],
+) -> list[Rule | None]:
+    """The rules of some of the sides, whose counts are given."""
     favor = np.array([FAVOR * (kind in GIVEN) for kind in predicates.kinds])
     cost = _cost(counts.fires, min_count)
     best, scores = _singles(counts, favor, min_count)
-    families = [_lists(predicates.family(kind), counts) for kind in DISJOINT]
+    possible = np.isfinite(cost)
+    families = [_lists(predicates.family(kind), counts, possible) for kind in DISJOINT]
     lists = [family for family in families if family is not None]
     levels = (np.maximum.reduce([scores, *(score for *_, score in lists)]) - cost).argmax(1)
-    here = np.arange(len(sides))
+    here = np.arange(len(chosen))
     f1, both, fires = counts.f1[here, levels], counts.both[here, levels], counts.fires[here, levels]
     near = _candidates(f1 + favor, both, fires, counts)
-    found: list[Rule | None] = [None] * len(sides)
+    found: list[Rule | None] = [None] * len(chosen)
     for side in np.flatnonzero(np.isfinite((scores - cost)[here, levels])).tolist():
         level = int(levels[side])
         j = int(best[side, level])
         options = [(float(scores[side, level]), Rule((j,), "", level, float(f1[side, j])))]
         options += [_of_list(side, level, *one) for one in lists]
         if max(score for score, _ in options) < 1 - PAIR_COST - PART_COST:
-            rows, rng = sides.of(side, level), np.random.default_rng((seed, int(numbers[side]), 1))  # of its own
+            own = int(chosen[side])
+            rows, rng = sides.of(own, level), np.random.default_rng((seed, int(numbers[own]), 1))  # of its own
             if len(rows) > 4 * PAIR_ROWS:
                 rows = rows[rng.integers(len(rows), size=4 * PAIR_ROWS)]
             options += _pairs(near[side], level, split.here(rows), int(fires[side]), split, favor, rng)
@@ -131,26 +155,35 @@ def _singles(
 
 
 def _lists(
-    family: list[int], counts: Counts
+    family: list[int], counts: Counts, possible: Bool[np.ndarray, "n_sides n_levels"]
 ) -> tuple[Int[np.ndarray, "n_sides n_levels m"], np.ndarray, np.ndarray, np.ndarray] | None:
     """The best list of mutually exclusive predicates of one family: those with the highest F1, the most precise first.
 
-    For each feature side and level: the members in order, how many of them to take, their joint F1 and its score.
+    For each feature side and level: the members in order, how many of them to take, their joint F1 and its score, which
+    is -inf where the level is not possible.
     """
     if len(family) < 2:
         return None
     m = min(LONGEST, len(family))
     columns = np.array(family)
-    chosen = columns[largest_first(torch.from_numpy(counts.f1[:, :, columns]), m).numpy()]
-    hits, size = np.take_along_axis(counts.both, chosen, 2), counts.holds[chosen]
-    order = np.argsort(-hits / np.maximum(size, 1), axis=2, kind="stable")
-    chosen, hits, size = (np.take_along_axis(one, order, 2) for one in (chosen, hits, size))
-    f1 = 2 * hits.cumsum(2) / np.maximum(counts.fires[:, :, None] + size.cumsum(2), 1)
+    chosen = columns[largest_first(torch.from_numpy(counts.f1[possible][:, columns]), m).numpy()]
+    hits, size = np.take_along_axis(counts.both[possible], chosen, 1), counts.holds[chosen]
+    order = np.argsort(-hits / np.maximum(size, 1), axis=1, kind="stable")
+    chosen, hits, size = (np.take_along_axis(one, order, 1) for one in (chosen, hits, size))
+    f1 = 2 * hits.cumsum(1) / np.maximum(counts.fires[possible][:, None] + size.cumsum(1), 1)
     scores = f1 - PAIR_COST - PART_COST * np.log2(np.arange(1, m + 1))
-    scores[:, :, 0] = -np.inf
-    at = scores.argmax(2)[:, :, None]
-    f1, scores = (np.take_along_axis(one, at, 2)[:, :, 0] for one in (f1, scores))
-    return chosen, at[:, :, 0] + 1, f1, scores
+    scores[:, 0] = -np.inf
+    at = scores.argmax(1)[:, None]
+    f1, scores = (np.take_along_axis(one, at, 1)[:, 0] for one in (f1, scores))
+    lengths, scores = _spread(at[:, 0] + 1, possible, 0.0), _spread(scores, possible, -np.inf)
+    return _spread(chosen, possible, -1.0), lengths, _spread(f1, possible, 0.0), scores
+
+
+def _spread(values: np.ndarray, places: np.ndarray, empty: float) -> np.ndarray:
+    """Values at their places, and `empty` elsewhere."""
+    found = np.full(places.shape + values.shape[1:], empty, values.dtype)
+    found[places] = values
+    return found
 
 
 def _of_list(
@@ -190,7 +223,7 @@ def _pairs(
         rows = rows[rng.integers(len(rows), size=PAIR_ROWS)]
     if len(rows) == 0:  # all that were drawn are of held-out documents
         return []
-    columns = np.unique(candidates)
+    columns = candidates[np.diff(candidates, prepend=-1) > 0]
     hits = split.bits.at(rows, columns).astype(np.float32)
     both = (hits.T @ hits) * (n_fires / len(rows))
     single, holds = both.diagonal(), split.holds[columns]
@@ -278,7 +311,7 @@ def label_by_rules(
     drafts: list[_Draft] = []
 
     def search() -> Steps:
-        for counted in _one_ahead(work.count, work.blocks(wanted[ranks.own(len(wanted))])):
+        for counted in one_ahead(work.count, work.blocks(wanted[ranks.own(len(wanted))])):
             drafts.extend(work.label(*counted))
             yield
 
@@ -371,9 +404,12 @@ class _Work:
     ) -> None:
         self.store, self.predicates, self.is_train = store, predicates, is_train
         self.min_count, self.seed = min_count, seed
-        self.train, self.held = SplitCounts(predicates, is_train), SplitCounts(predicates, ~is_train)
-        self.judge = Judge(self.held, store.doc_ids, seed)
-        self.next = NextTokens(store, lens, self.held) if lens is not None else None
+        with ThreadPoolExecutor(max_workers=1) as background:
+            train = background.submit(SplitCounts.prepare, predicates, is_train)
+            self.held = SplitCounts(predicates, ~is_train)
+            self.judge = Judge(self.held, store.doc_ids, seed)
+            self.next = NextTokens(store, lens, self.held) if lens is not None else None
+            self.train = train.result()
 
     def blocks(self, features: Int[np.ndarray, "n"]) -> Iterator[Int[np.ndarray, "m"]]:
         """Features in increasing order, cut into blocks."""
@@ -382,12 +418,12 @@ class _Work:
             if first < end:
                 yield features[first:end]
 
-    def count(self, wanted: Int[np.ndarray, "m"]) -> tuple[Int[np.ndarray, "m"], SideFirings, Counts]:
+    def count(self, wanted: Int[np.ndarray, "m"]) -> tuple[Int[np.ndarray, "m"], SideFirings, SideCounts]:
         """Read the codes of a block of features, and count them against the predicates in training documents."""
         sides = SideFirings.sort(read_columns(self.store, wanted), self.is_train, FRACTIONS)
         return wanted, sides, self.train.count(sides)
 
-    def label(self, wanted: Int[np.ndarray, "m"], sides: SideFirings, counts: Counts) -> Iterator[_Draft]:
+    def label(self, wanted: Int[np.ndarray, "m"], sides: SideFirings, counts: SideCounts) -> Iterator[_Draft]:
         """Choose and test the rules of a block; sides that never fire are left out."""
         numbers = (2 * wanted[:, None] + np.arange(2)).ravel()
         rules = choose_rules(counts, sides, self.train, self.predicates, self.min_count, self.seed, numbers)
@@ -459,17 +495,3 @@ class _Work:
 
 def _describe_output(draft: _Draft) -> tuple[str, LabelKind, tuple[str, ...], str]:
     return name_output(draft.promoted), "output", draft.promoted, "next"
-
-
-def _one_ahead(work: Callable[[T], U], items: Iterable[T]) -> Iterator[U]:
-    """Results of `work` for each item in order, the next one computed in the background, as it leaves the interpreter
-    free.
-    """
-    with ThreadPoolExecutor(max_workers=1) as background:
-        waiting: deque[Future[U]] = deque()
-        for item in items:
-            waiting.append(background.submit(work, item))
-            if len(waiting) > 1:
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()

@@ -208,7 +208,7 @@ def test_contingencies_equal_dense_ones(planted):
     predicates, is_train = make_predicates(store, size=120), store.split()
     split, codes = SplitCounts(predicates, is_train), store.codes.toarray()
     sides = SideFirings.sort(store.columns(), is_train, FRACTIONS)
-    counts, marks = split.count(sides), predicates.matrix.toarray()[is_train]
+    counts, marks = split.count(sides).of(np.arange(len(sides))), predicates.matrix.toarray()[is_train]
     for side in range(len(sides)):
         z = codes[:, side // 2] * (1 - 2 * (side % 2))
         for level, fraction in enumerate(FRACTIONS):
