@@ -14,11 +14,12 @@ one (`sampled_dot`); of equal ones the lowest latent is kept, and across a batch
 """
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from saelab.functional.activation_functions import keep_places
 from saelab.functional.codes import SparseCodes, sampled_dot
+from saelab.functional.row_topk import row_topk
 from saelab.functional.screening import SCAN_ROWS, Precision, Screen, choose_precision, first_largest, largest_first
 
 ROUNDINGS = 4.0  # how many times their expected size, eps * sqrt(d) * |x| |w|, errors of a product may be
@@ -85,31 +86,40 @@ def topk_latents(
     tensor([[0, 1]])
     """
     size = u.abs() if signed else u
-    best = size.topk(min(k + 1, size.shape[1]), dim=1)
-    latents = best.indices[:, :k]
+    largest, found = row_topk(size, min(k + 1, size.shape[1]))
+    latents = found[:, :k]
     if k == size.shape[1] or not len(u):
         return latents
-    slack = 2 * bound_rounding(x, W, bias)
-    last, next_one = best.values[:, k - 1], best.values[:, k]
-    close = ((last - next_one <= slack) & (last > -slack) & (last != 0)).nonzero()[:, 0]
+    close, rows, possible = _find_close(size, largest, 2 * bound_rounding(x, W, bias), k)
     if len(close):
-        latents[close] = _settle(size[close] >= (last - slack)[close, None], close, x, W, bias, k, signed)
+        latents[close] = possible[_settle(close[rows], possible, x, W, bias, k, signed)]
     return latents
 
 
+def _find_close(
+    size: Float[Tensor, "n d_sae"], largest: Float[Tensor, "n k1"], slack: Float[Tensor, "n"], k: int
+) -> tuple[Int[Tensor, "n_close"], Int[Tensor, "m"], Int[Tensor, "m"]]:
+    """Rows whose k-th largest size is too close to the next to decide; and of each of the latents that may be among
+    its k largest, the place of its row in these and its number.
+    """
+    last, next_one = largest[:, k - 1], largest[:, k]
+    close = ((last - next_one <= slack) & (last > -slack) & (last != 0)).nonzero()[:, 0]
+    return close, *(size[close] >= (last - slack)[close, None]).nonzero(as_tuple=True)
+
+
 def _settle(
-    possible: Bool[Tensor, "n d_sae"], rows: Tensor, x: Tensor, W: Tensor, bias: Tensor, k: int, signed: bool
+    rows: Int[Tensor, "m"], latents: Int[Tensor, "m"], x: Tensor, W: Tensor, bias: Tensor, k: int, signed: bool
 ) -> Int[Tensor, "n k"]:
-    """The k largest of each row among the `possible`, recomputed one by one."""
-    row, latents = possible.nonzero(as_tuple=True)
-    exact = score(x, W, bias, rows[row], latents)
-    counts = possible.sum(1)
-    place = torch.arange(len(row), device=row.device) - (counts.cumsum(0) - counts)[row]
-    sizes = x.new_full((len(possible), int(counts.max())), -torch.inf)
-    sizes[row, place] = exact.abs() if signed else exact
-    names = torch.zeros_like(sizes, dtype=torch.int64)
-    names[row, place] = latents
-    return names.gather(1, largest_first(sizes, k))
+    """Which of the entries, sorted by row and in a row by latent, are the k largest of each row that has any,
+    recomputed one by one.
+    """
+    exact = score(x, W, bias, rows, latents)
+    number, counts = torch.unique_consecutive(rows, return_inverse=True, return_counts=True)[1:]
+    entries = torch.arange(len(rows), device=rows.device)
+    place = entries - (counts.cumsum(0) - counts)[number]
+    sizes = x.new_full((len(counts), int(counts.max())), -torch.inf)
+    sizes[number, place] = exact.abs() if signed else exact
+    return (counts.cumsum(0) - counts)[:, None] + largest_first(sizes, k)
 
 
 @torch.no_grad()
@@ -275,11 +285,21 @@ def _make_screen(x: Tensor, W: Tensor, bias: Tensor, signed: bool, precision: Pr
 def _dense_topk(x: Tensor, W: Tensor, bias: Tensor, k: int, signed: bool) -> tuple[Tensor, Tensor]:
     """Latents and values of each row's k largest, from the dense product, 256 rows at a time."""
     indices = torch.empty(len(x), k, dtype=torch.int64, device=x.device)
-    values = x.new_empty(len(x), k)
-    for rows in torch.split(torch.arange(len(x), device=x.device), 256):
-        u = torch.addmm(bias, x[rows], W.T)
-        indices[rows] = topk_latents(u, x[rows], W, bias, k, signed)
-        values[rows] = u.gather(1, indices[rows])
+    values, slack, close = x.new_empty(len(x), k), 2 * bound_rounding(x, W, bias), []
+    for start in range(0, len(x), 256):
+        part = slice(start, start + 256)
+        u = torch.addmm(bias, x[part], W.T)
+        size = u.abs() if signed else u
+        largest, found = row_topk(size, min(k + 1, len(W)))
+        indices[part] = found[:, :k]
+        values[part] = u.gather(1, indices[part])
+        if k < len(W):
+            near, rows, latents = _find_close(size, largest, slack[part], k)
+            close.append((start + near[rows], latents, u[near[rows], latents]))
+    if any(len(rows) for rows, _, _ in close):
+        rows, latents, u = (torch.cat(columns) for columns in zip(*close, strict=True))
+        best = _settle(rows, latents, x, W, bias, k, signed)
+        indices[rows[best[:, 0]]], values[rows[best[:, 0]]] = latents[best], u[best]
     return indices, values
 
 
