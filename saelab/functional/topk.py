@@ -19,7 +19,7 @@ from torch import Tensor
 
 from saelab.functional.activation_functions import keep_places
 from saelab.functional.codes import SparseCodes, sampled_dot
-from saelab.functional.row_topk import row_topk
+from saelab.functional.row_topk import find_close, first_of_tied, row_topk
 from saelab.functional.screening import SCAN_ROWS, Precision, Screen, choose_precision, first_largest, largest_first
 
 ROUNDINGS = 4.0  # how many times their expected size, eps * sqrt(d) * |x| |w|, errors of a product may be
@@ -90,21 +90,10 @@ def topk_latents(
     latents = found[:, :k]
     if k == size.shape[1] or not len(u):
         return latents
-    close, rows, possible = _find_close(size, largest, 2 * bound_rounding(x, W, bias), k)
+    close, rows, possible = find_close(size, largest, 2 * bound_rounding(x, W, bias), k)
     if len(close):
         latents[close] = possible[_settle(close[rows], possible, x, W, bias, k, signed)]
     return latents
-
-
-def _find_close(
-    size: Float[Tensor, "n d_sae"], largest: Float[Tensor, "n k1"], slack: Float[Tensor, "n"], k: int
-) -> tuple[Int[Tensor, "n_close"], Int[Tensor, "m"], Int[Tensor, "m"]]:
-    """Rows whose k-th largest size is too close to the next to decide; and of each of the latents that may be among
-    its k largest, the place of its row in these and its number.
-    """
-    last, next_one = largest[:, k - 1], largest[:, k]
-    close = ((last - next_one <= slack) & (last > -slack) & (last != 0)).nonzero()[:, 0]
-    return close, *(size[close] >= (last - slack)[close, None]).nonzero(as_tuple=True)
 
 
 def _settle(
@@ -119,7 +108,8 @@ def _settle(
     place = entries - (counts.cumsum(0) - counts)[number]
     sizes = x.new_full((len(counts), int(counts.max())), -torch.inf)
     sizes[number, place] = exact.abs() if signed else exact
-    return (counts.cumsum(0) - counts)[:, None] + largest_first(sizes, k)
+    best: Tensor = (counts.cumsum(0) - counts)[:, None] + largest_first(sizes, k)
+    return best
 
 
 @torch.no_grad()
@@ -242,7 +232,7 @@ def search_topk(
     rows = torch.arange(len(x), device=x.device)
     exact = score(x, W, bias, rows.repeat_interleave(n_candidates), candidates.flatten()).view(candidates.shape)
     size = exact.abs() if signed else exact
-    places = _first_of_tied(size, candidates, k)
+    places = first_of_tied(size, candidates, k)
     indices, values = candidates.gather(1, places), exact.gather(1, places)
     if n_candidates < d_sae:
         unseen = unseen + _bound_error((size - approximate).abs().amax(1) / noise, noise)
@@ -294,24 +284,13 @@ def _dense_topk(x: Tensor, W: Tensor, bias: Tensor, k: int, signed: bool) -> tup
         indices[part] = found[:, :k]
         values[part] = u.gather(1, indices[part])
         if k < len(W):
-            near, rows, latents = _find_close(size, largest, slack[part], k)
+            near, rows, latents = find_close(size, largest, slack[part], k)
             close.append((start + near[rows], latents, u[near[rows], latents]))
     if any(len(rows) for rows, _, _ in close):
         rows, latents, u = (torch.cat(columns) for columns in zip(*close, strict=True))
         best = _settle(rows, latents, x, W, bias, k, signed)
         indices[rows[best[:, 0]]], values[rows[best[:, 0]]] = latents[best], u[best]
     return indices, values
-
-
-def _first_of_tied(size: Float[Tensor, "n m"], latents: Int[Tensor, "n m"], k: int) -> Int[Tensor, "n k"]:
-    """Places of each row's k largest, largest first; of equal ones that of the lowest latent."""
-    best = size.topk(min(k + 1, size.shape[1]), dim=1)
-    places = best.indices[:, :k].contiguous()
-    tied = (best.values[:, 1:] == best.values[:, :-1]).any(1).nonzero().squeeze(1)
-    by_latent = latents[tied].argsort(1)
-    order = size[tied].gather(1, by_latent).sort(dim=1, descending=True, stable=True).indices[:, :k]
-    places[tied] = by_latent.gather(1, order)
-    return places
 
 
 def _keep_firing(indices: Tensor, values: Tensor, signed: bool, d_sae: int) -> SparseCodes:
