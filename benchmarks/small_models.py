@@ -2,7 +2,7 @@
 
     .venv-bench/bin/python benchmarks/small_models.py --before ../before --json runs/small_models.json
 
-All start with the same folder of a model and the same text file, and end with an SAE trained on as many tokens: the same
+All start with the same folder of a model and the same text file, and end with an SAE trained on as many tokens: same
 context length, sequences in a forward pass, tokens in a step, width and k. saelab tokenizes, collects to a folder and
 trains; SAELens does so by its own runner, which computes activations while it trains. Each run is a process of its own;
 its imports are not counted, loading the model is. `make bench` makes the environment with SAELens; without it the peer
@@ -36,6 +36,7 @@ def run_saelab(n_tokens: int, d_sae: int) -> dict[str, float]:
     """Seconds of each part."""
     import saelab as sl
 
+    sl.lm.tiny_model()  # imports what loading needs
     marks = [time.perf_counter()]
     model = sl.load_model(MODEL)
     marks.append(time.perf_counter())
@@ -72,6 +73,7 @@ def run_saelens(n_tokens: int, d_sae: int) -> dict[str, float]:
         is_dataset_tokenized=False,
         streaming=False,
         context_size=CTX_LEN,
+        n_batches_in_buffer=64,  # contexts, of its tutorial; the default does not hold a batch
         store_batch_size_prompts=N_SEQ,
         train_batch_size_tokens=BATCH,
         training_tokens=n_tokens,

@@ -13,7 +13,7 @@ def row_topk(sizes: Float[Tensor, "n_rows n"], k: int) -> tuple[Float[Tensor, "n
     largest maxima, which are found among a block's share of the entries.
 
     >>> row_topk(torch.tensor([[1.0, 3.0, 2.0]]), 2)
-    (tensor([[3., 2.]]), tensor([[1, 0]]))
+    (tensor([[3., 2.]]), tensor([[1, 2]]))
     """
     n_rows, n = sizes.shape
     if sizes.device.type != "cpu" or n % BLOCK or 3 * k * BLOCK > n:  # nothing, or too little, to leave out
