@@ -92,8 +92,8 @@ def products(args: argparse.Namespace) -> dict[str, Callable[[], float]]:
     """The products of a step on random codes, by name; each call returns the sum of the result's magnitudes."""
     import torch
 
-    from saelab.functional.codes import Entries, gather_sum, sampled_dot, weight_gradient
     from saelab.functional.metrics import nested_error
+    from saelab.functional.sparse_products import Entries, gather_sum, sampled_dot, weight_gradient
     from saelab.functional.topk import search_topk
 
     sizes, data = sizes_of(args), torch.Generator().manual_seed(args.seed)

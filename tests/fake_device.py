@@ -24,7 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_a
 from torch.utils._pytree import tree_flatten, tree_map_only
 
 import saelab
-from saelab.functional import codes, screening
+from saelab.functional import screening, sparse_products
 
 PACKAGE = Path(saelab.__file__).parent
 aten = torch.ops.aten
@@ -166,7 +166,7 @@ def fake_device(name: str = "cuda") -> Iterator[FakeDevice]:
         finally:
             torch.__future__.set_swap_module_params_on_conversion(swaps)
             screening._KEPT.buffers = buffers
-            codes.has_dot_kernel.cache_clear()
+            sparse_products.has_dot_kernel.cache_clear()
 
 
 def run(func: Any, args: Any, kwargs: Any, device: FakeDevice | None) -> Any:

@@ -7,7 +7,7 @@ them, and its state can be saved.
 import json
 from collections import Counter, deque
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -180,11 +180,12 @@ def _read(
     first = writer.next_seq
     whole, done = tokens[share.start : share.stop].n_tokens, tokens[share.start : first].n_tokens
     with tqdm(total=whole, initial=done, unit=" tokens", unit_scale=True, disable=hidden(progress)) as bar:
-        for start in range(first, share.stop, n_seq):
-            batch = tokens[start : start + n_seq]
-            writer.add_reading(reader.read(batch), len(batch))
-            bar.update(batch.n_tokens)
-            yield
+        batches = [tokens[start : start + n_seq] for start in range(first, share.stop, n_seq)]
+        with closing(reader.read_all(batches)) as readings:
+            for batch, reading in zip(batches, readings, strict=True):
+                writer.add_reading(reading, len(batch))
+                bar.update(batch.n_tokens)
+                yield
 
 
 @runtime_checkable

@@ -6,9 +6,9 @@
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
@@ -17,6 +17,7 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 
 from saelab.functional.autocast import autocast_dtype, computing_in
+from saelab.lm.concurrent import Capture, make_captures, map_in_order
 from saelab.lm.hooks import capture, find_hook_point, find_median_norms, norms_of, require_finite
 from saelab.lm.masks import TokenMask
 from saelab.lm.model_checks import Model, sketch_weights
@@ -118,7 +119,24 @@ class ActivationReader:
         """Kept rows of one batch, from one forward pass; ValueError naming the hook point where a row is not finite in
         the stored dtype.
         """
-        acts = self._capture(batch)
+        return self._rows_of(batch, self._capture(batch))
+
+    def read_all(self, batches: Iterable[Tokens]) -> Generator[ForwardRows, None, None]:
+        """Kept rows of each batch, in order, as from `read`; a narrow model runs several batches at a time on a CPU.
+
+        Close the iterator where it is not read to its end.
+        """
+
+        def read(run: Capture, batch: Tokens) -> ForwardRows:
+            with computing_in(self.autocast, _kind_of(self.model)):
+                acts = run(batch.ids)
+            return self._rows_of(batch, acts)
+
+        several = [partial(read, run) for run in make_captures(self.model, self.hook_points)]
+        return map_in_order(several or [self.read], batches)
+
+    def _rows_of(self, batch: Tokens, acts: dict[str, Tensor]) -> ForwardRows:
+        """Kept rows of one batch from its activations."""
         kept = self.mask.apply(batch, **self._outliers(acts))
         index = kept.keep.flatten().nonzero().squeeze(1)
         positions = torch.arange(batch.ctx_len, dtype=torch.int32).expand_as(batch.ids)
@@ -127,7 +145,7 @@ class ActivationReader:
         for name, x in rows.items():
             require_finite(name, x)
         return ForwardRows(
-            rows, {name: column.flatten()[index] for name, column in columns.items()}, index, kept.removed
+            rows, {name: _select(column.flatten(), index) for name, column in columns.items()}, index, kept.removed
         )
 
     def request(self, tokens: Tokens) -> dict[str, Any]:

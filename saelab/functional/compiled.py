@@ -85,7 +85,7 @@ def _run_by_openmp(kernel: Callable[[int, int], object], parts: Parts, n_parts: 
         try:
             for first, last in iter(lambda: next(parts, None), None):
                 kernel(first, last)
-        except BaseException as error:  # noqa: BLE001 - raised again below: C code cannot pass it on
+        except BaseException as error:
             errors.append(error)
 
     callback, library = _CALLBACK(work), _openmp()

@@ -158,7 +158,7 @@ lowest_bit = None if numba is None else _make_lowest_bit()
 @kernel(COMPARISONS)
 @no_type_check
 def _quantize_row(row, scale, out, groups):
-    """`row * scale` in int8 in the first bytes of `out`, and its step; `groups` holds the maxima of every 64th entry."""
+    """`row * scale` in int8 in the first bytes of `out`, and its step; `groups` is memory for maxima."""
     groups[:] = np.float32(1e-30)
     for start in range(0, len(row), len(groups)):
         part, factor = row[start : start + len(groups)], scale[start : start + len(groups)]
@@ -375,12 +375,18 @@ class FusedScreen:
             unseen[short] = torch.inf
         return best * factor[:, None], names, unseen, noise
 
-    def above(self, x: Float[Tensor, "n_rows d_in"], floor: Float[Tensor, ""]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Rows, latents and sizes of the entries at or above `floor`, row by row; and the noise of each row."""
-        n_rows = len(x)
+    def above(
+        self, x: Float[Tensor, "n_rows d_in"], floor: Float[Tensor, ""], errors: float = 0.0
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Rows, latents and sizes of the entries at or above `floor`, row by row; and the noise of each row.
+
+        Args:
+            x: activations.
+            floor: the threshold.
+            errors: entries are returned too that are below it by no more than this many times the noise of their row.
+        """
         low, start, scale, noise = self._pack(x)
-        limit = (floor / scale).nextafter(scale.new_tensor(-torch.inf))
-        limit[n_rows:] = torch.inf
+        limit = self._limit(floor - errors * noise, scale)
         room = self.d_sae if floor == -torch.inf else min(ROOM, self.d_sae)
         sizes, latents, counts = self._search(low, start, scale, limit, 0, room)
         most = int(counts.max())
@@ -388,6 +394,17 @@ class FusedScreen:
             sizes, latents, counts = self._search(low, start, scale, limit, 0, most)
         rows, places = (torch.arange(sizes.shape[1]) < counts[:, None]).nonzero(as_tuple=True)
         return rows, latents[rows, places].long(), sizes[rows, places] * scale[rows], noise
+
+    def count_above(self, x: Float[Tensor, "n_rows d_in"], floor: Float[Tensor, ""]) -> Int[Tensor, "n_rows"]:
+        """Number of sizes at or above `floor` in each row."""
+        low, start, scale, noise = self._pack(x)
+        return self._search(low, start, scale, self._limit(floor.expand_as(noise), scale), 0, 1)[2][: len(x)]
+
+    def _limit(self, floor: Float[Tensor, "n_rows"], scale: Float[Tensor, "n"]) -> Float[Tensor, "n"]:
+        """The thresholds of rows in their own units, just below `floor`; rows of padding have none above theirs."""
+        limit = torch.full_like(scale, torch.inf)
+        limit[: len(floor)] = (floor / scale[: len(floor)]).nextafter(scale.new_tensor(-torch.inf))
+        return limit
 
     def _pack(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Rows in int8 by tiles, what their sums start from, their scale, and the noise of each."""

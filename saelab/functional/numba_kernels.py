@@ -1,8 +1,8 @@
-"""Numba kernels of the training step on CPUs: selection from a screen, inner products, quantization, gradients and Adam.
+"""Numba kernels of the training step on CPUs: inner products, gradients and Adam.
 
 PyTorch's operations pass over memory several times where one pass does; on a CPU that is most of a training step beside
 the encoder's product. Every kernel computes each row or latent by itself, so that the result does not depend on the
-number of threads, and is run on `torch.get_num_threads()` Python threads, as compiled code needs no interpreter.
+number of threads (`compiled.run_parts`).
 
 The functions need numba; `compiled.use_numba` says where they are used. Numba is imported with this module, which takes
 half a second; kernels are compiled when first called and kept beside the module, where it can be written.

@@ -1,4 +1,4 @@
-"""Top-k search whose screen multiplies the leading principal directions alone, where the activations' spectrum allows.
+"""A screen that multiplies the leading principal directions alone, where the activations' spectrum allows.
 
 Of `u = x W^T + bias`, directions in which x hardly varies contribute little. If r of d_in directions hold nearly all of
 it, an int8 product of length r finds the candidates, which float32 then decides; what was left out counts as an error
@@ -19,15 +19,12 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from saelab.functional.codes import SparseCodes
-from saelab.functional.fused_screen import screen_top
-from saelab.functional.topk import _bound_error, _dense_topk, _first_of_tied, _keep_firing, score
+from saelab.functional.fused_screen import FusedScreen
 
 MOST_DIRECTIONS = 1 / 3  # of d_in: the weights are projected in every call, which costs more than their product saves
 LARGEST_REST = 0.01  # standard deviation of what is left out, relative to that of a row's sizes
 STEP = 16  # ranks tried are multiples of this
 SAMPLE = 256  # rows of x from which directions are found, and as many on which they are tried
-FEW = 256  # rows for which a dense product costs less than another screen
 
 
 @dataclass(frozen=True)
@@ -141,75 +138,44 @@ def _mix(rank: int) -> Float[Tensor, "r r"]:
     return rotation.float()
 
 
-def screen_leading(
-    x: Float[Tensor, "n_rows d_in"],
-    W: Float[Tensor, "d_sae d_in"],
-    bias: Float[Tensor, "d_sae"],
-    n: int,
-    signed: bool,
-    leading: Leading,
-) -> tuple[Float[Tensor, "n_rows n"], Int[Tensor, "n_rows n"], Float[Tensor, "n_rows"], Float[Tensor, "n_rows"]]:
-    """What `screen_top` returns, of the product within the leading directions; the noise includes what is left out.
+class LeadingScreen:
+    """A `FusedScreen` of the product within leading directions; the noise includes what is left out.
 
     Args:
-        x: activations.
         W: encoder, one row per latent.
         bias: encoder bias.
-        n: entries found in each row.
         signed: whether the sizes are |u|.
+        like: rows similar to those to be screened.
         leading: the directions.
     """
-    inside = x @ leading.basis
-    left_out = (x.square().sum(1) - inside.square().sum(1)).clamp(min=0).sqrt()
-    sizes, latents, unseen, noise = screen_top(x @ leading.of_x, (leading.of_W.T @ W.T).T, bias, n, signed)
-    return sizes, latents, unseen, torch.hypot(noise, left_out * leading.rest)
 
+    precision = "int8"
 
-@torch.no_grad()
-def search_topk(
-    x: Float[Tensor, "n_rows d_in"],
-    W: Float[Tensor, "d_sae d_in"],
-    bias: Float[Tensor, "d_sae"],
-    k: int,
-    signed: bool,
-    partial: bool = True,
-) -> SparseCodes:
-    """Codes of the k largest `u = x W^T + bias` of every row, as `topk.search_topk` finds them.
+    def __init__(
+        self,
+        W: Float[Tensor, "d_sae d_in"],
+        bias: Float[Tensor, "d_sae"],
+        signed: bool,
+        like: Float[Tensor, "n_rows d_in"],
+        leading: Leading,
+    ) -> None:
+        self.leading, self.d_sae, self.signed = leading, len(W), signed
+        self.inside = FusedScreen(W @ leading.of_W, bias, signed, like=like @ leading.of_x)
 
-    Args:
-        x: activations.
-        W: encoder, one row per latent.
-        bias: encoder bias.
-        k: latents kept in each row.
-        signed: whether the largest are those of |u|; else negative ones among the k largest are dropped.
-        partial: whether the screen may be confined to the leading directions of x.
-    """
-    leading = find_leading(x, W) if partial else None
-    return _keep_firing(*_find(x, W, bias, k, signed, leading), signed, len(W))
+    def top(
+        self, x: Float[Tensor, "n_rows d_in"], n: int
+    ) -> tuple[Float[Tensor, "n_rows n"], Int[Tensor, "n_rows n"], Float[Tensor, "n_rows"], Float[Tensor, "n_rows"]]:
+        """Sizes and latents of each row's n largest, unsorted; an upper bound of the other sizes; and the noise."""
+        sizes, latents, unseen, noise = self.inside.top(x @ self.leading.of_x, n)
+        return sizes, latents, unseen, self._with_rest(x, noise)
 
+    def above(self, x: Float[Tensor, "n_rows d_in"], floor: Float[Tensor, ""]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Rows, latents and sizes of the entries at or above `floor`, row by row; and the noise of each row."""
+        rows, latents, sizes, noise = self.inside.above(x @ self.leading.of_x, floor)
+        return rows, latents, sizes, self._with_rest(x, noise)
 
-def _find(
-    x: Tensor, W: Tensor, bias: Tensor, k: int, signed: bool, leading: Leading | None
-) -> tuple[Int[Tensor, "n_rows k"], Float[Tensor, "n_rows k"]]:
-    """Latents and values of each row's k largest."""
-    d_sae = len(W)
-    n = min(d_sae, 2 * k - k // 4 + 4)
-    if leading is None:
-        approximate, candidates, unseen, noise = screen_top(x, W, bias, n, signed)
-    else:
-        approximate, candidates, unseen, noise = screen_leading(x, W, bias, n, signed, leading)
-    rows = torch.arange(len(x), device=x.device)
-    exact = score(x, W, bias, rows.repeat_interleave(n), candidates.flatten()).view(candidates.shape)
-    size = exact.abs() if signed else exact
-    places = _first_of_tied(size, candidates, k)
-    indices, values = candidates.gather(1, places), exact.gather(1, places)
-    if n < d_sae:
-        unseen = unseen + _bound_error((size - approximate).abs().amax(1) / noise, noise)
-        worst = size.gather(1, places[:, -1:])[:, 0]
-        unsure = ((unseen >= worst) & (unseen > 0)).nonzero()[:, 0]
-        if leading is not None and len(unsure) > FEW:
-            indices[unsure], values[unsure] = _find(x[unsure], W, bias, k, signed, None)
-        elif len(unsure):
-            indices[unsure], _ = _dense_topk(x[unsure], W, bias, k, signed)
-            values[unsure] = score(x, W, bias, unsure.repeat_interleave(k), indices[unsure].flatten()).view(-1, k)
-    return indices, values
+    def _with_rest(self, x: Tensor, noise: Tensor) -> Tensor:
+        """The noise of each row with that of what lies outside of the directions."""
+        inside = x @ self.leading.basis
+        left_out = (x.square().sum(1) - inside.square().sum(1)).clamp(min=0).sqrt()
+        return torch.hypot(noise, left_out * self.leading.rest)

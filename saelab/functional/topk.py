@@ -3,9 +3,9 @@
 Searches screen in low precision, keep more candidates than needed, recompute those in float32 and select again.
 The errors found on the candidates, relative to each row's expected error, bound the error of the screen; rows where
 another latent might still be among the largest are searched again in float32. The result is the top-k of the float32
-values unless the screen's error on a latent that was not recomputed exceeds `ERROR_MARGIN` times its largest relative
-error on all candidates. That is a check, not a proof: values can be constructed that pass it and lose a member
-(tests/functional/test_topk.py keeps one); no random data tried did.
+values unless the screen's error on a latent that was not recomputed exceeds `rescoring.ERROR_MARGIN` times its
+largest relative error on all candidates. That is a check, not a proof: values can be constructed that pass it and lose
+a member (tests/functional/test_topk.py keeps one); no random data tried did.
 
 Of equal values that of the lowest latent is kept, however it was found. Exact ties are common (latents that are copies
 of each other, whole numbers, a penalty's zeros), `torch.topk` breaks them arbitrarily, and a matrix product gives equal
@@ -16,52 +16,21 @@ one (`sampled_dot`); of equal ones the lowest latent is kept, and across a batch
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from saelab.functional.activation_functions import keep_places
-from saelab.functional.codes import SparseCodes, sampled_dot
+from saelab.functional.codes import SparseCodes
 from saelab.functional.compiled import use_numba
-from saelab.functional.screening import SCAN_ROWS, Precision, Screen, choose_precision, first_largest, largest_first
+from saelab.functional.rescoring import bound_error, bound_rounding as bound_rounding, score
+from saelab.functional.row_topk import find_close, first_of_tied, row_topk
+from saelab.functional.screening import Precision, Screen, choose_precision, first_largest, largest_first
+from saelab.functional.threshold_search import DENSE_WIDTH, search_above
 
-ROUNDINGS = 4.0  # how many times their expected size, eps * sqrt(d) * |x| |w|, errors of a product may be
-DENSE_WIDTH = 8192  # below this width a dense product and its top-k cost less than screening
-ERROR_MARGIN = 1.25  # an unseen latent may be wrong by this many times the largest error seen on the candidates
+WIDE = 2**15  # latents from which on directions are looked for in which the activations lie
 MAX_UNSURE = 0.1  # of the rows may be searched again in float32; with more, another screen costs less
 SAMPLE = 16  # times k latents are computed first: k of these usually exceed a latent of average size
 PART = 2**22  # pre-activations held at a time
-
-
-def score(
-    x: Float[Tensor, "n_rows d_in"],
-    W: Float[Tensor, "d_sae d_in"],
-    bias: Float[Tensor, "d_sae"],
-    rows: Int[Tensor, "nnz"],
-    latents: Int[Tensor, "nnz"],
-) -> Float[Tensor, "nnz"]:
-    """`u = x W^T + bias` at the given entries, bit for bit the same whatever else is in the batch.
-
-    Args:
-        x: activations.
-        W: encoder, one row per latent.
-        bias: encoder bias.
-        rows: row of x of each entry.
-        latents: latent of each entry.
-    """
-    return sampled_dot(rows, latents, x, W) + bias[latents]
-
-
-def bound_rounding(
-    x: Float[Tensor, "n_rows d_in"], W: Float[Tensor, "d_sae d_in"], bias: Float[Tensor, "d_sae"]
-) -> Float[Tensor, "n_rows"]:
-    """Upper bound, for each row, of the difference by rounding between a matrix product `x W^T + bias` and `score`.
-
-    x and W are as in `score`: activations, and the encoder with one row per latent.
-    """
-    largest = torch.linalg.vector_norm(W, dim=1).amax()
-    size = torch.linalg.vector_norm(x, dim=1) * largest * x.shape[1] ** 0.5 + bias.abs().amax()
-    bound: Tensor = ROUNDINGS * torch.finfo(x.dtype).eps * size
-    return bound
 
 
 @torch.no_grad()
@@ -88,31 +57,30 @@ def topk_latents(
     tensor([[0, 1]])
     """
     size = u.abs() if signed else u
-    best = size.topk(min(k + 1, size.shape[1]), dim=1)
-    latents = best.indices[:, :k]
+    largest, found = row_topk(size, min(k + 1, size.shape[1]))
+    latents = found[:, :k]
     if k == size.shape[1] or not len(u):
         return latents
-    slack = 2 * bound_rounding(x, W, bias)
-    last, next_one = best.values[:, k - 1], best.values[:, k]
-    close = ((last - next_one <= slack) & (last > -slack) & (last != 0)).nonzero()[:, 0]
+    close, rows, possible = find_close(size, largest, 2 * bound_rounding(x, W, bias), k)
     if len(close):
-        latents[close] = _settle(size[close] >= (last - slack)[close, None], close, x, W, bias, k, signed)
+        latents[close] = possible[_settle(close[rows], possible, x, W, bias, k, signed)]
     return latents
 
 
 def _settle(
-    possible: Bool[Tensor, "n d_sae"], rows: Tensor, x: Tensor, W: Tensor, bias: Tensor, k: int, signed: bool
+    rows: Int[Tensor, "m"], latents: Int[Tensor, "m"], x: Tensor, W: Tensor, bias: Tensor, k: int, signed: bool
 ) -> Int[Tensor, "n k"]:
-    """The k largest of each row among the `possible`, recomputed one by one."""
-    row, latents = possible.nonzero(as_tuple=True)
-    exact = score(x, W, bias, rows[row], latents)
-    counts = possible.sum(1)
-    place = torch.arange(len(row), device=row.device) - (counts.cumsum(0) - counts)[row]
-    sizes = x.new_full((len(possible), int(counts.max())), -torch.inf)
-    sizes[row, place] = exact.abs() if signed else exact
-    names = torch.zeros_like(sizes, dtype=torch.int64)
-    names[row, place] = latents
-    return names.gather(1, largest_first(sizes, k))
+    """Which of the entries, sorted by row and in a row by latent, are the k largest of each row that has any,
+    recomputed one by one.
+    """
+    exact = score(x, W, bias, rows, latents)
+    number, counts = torch.unique_consecutive(rows, return_inverse=True, return_counts=True)[1:]
+    entries = torch.arange(len(rows), device=rows.device)
+    place = entries - (counts.cumsum(0) - counts)[number]
+    sizes = x.new_full((len(counts), int(counts.max())), -torch.inf)
+    sizes[number, place] = exact.abs() if signed else exact
+    best: Tensor = (counts.cumsum(0) - counts)[:, None] + largest_first(sizes, k)
+    return best
 
 
 @torch.no_grad()
@@ -235,10 +203,10 @@ def search_topk(
     rows = torch.arange(len(x), device=x.device)
     exact = score(x, W, bias, rows.repeat_interleave(n_candidates), candidates.flatten()).view(candidates.shape)
     size = exact.abs() if signed else exact
-    places = _first_of_tied(size, candidates, k)
+    places = first_of_tied(size, candidates, k)
     indices, values = candidates.gather(1, places), exact.gather(1, places)
     if n_candidates < d_sae:
-        unseen = unseen + _bound_error((size - approximate).abs().amax(1) / noise, noise)
+        unseen = unseen + bound_error((size - approximate).abs().amax(1) / noise, noise)
         worst = size.gather(1, places[:, -1:])[:, 0]
         unsure = ((unseen >= worst) & (unseen > 0)).nonzero().squeeze(1)
         indices[unsure], _ = _dense_topk(x[unsure], W, bias, k, signed)
@@ -269,7 +237,7 @@ def search_group_max(
 
 
 def _make_screen(x: Tensor, W: Tensor, bias: Tensor, signed: bool, precision: Precision | None) -> Any:
-    """The screen for these rows, a `Screen` or `FusedScreen`; None where a dense product costs less."""
+    """The screen for these rows, of one of three kinds; None where a dense product costs less."""
     if len(x) == 0 or (precision is None and len(W) < DENSE_WIDTH):
         return None
     precision = precision or choose_precision(x.shape[1], len(W), x.device)
@@ -277,6 +245,11 @@ def _make_screen(x: Tensor, W: Tensor, bias: Tensor, signed: bool, precision: Pr
         from saelab.functional.fused_screen import FusedScreen, can_fuse
 
         if can_fuse():
+            from saelab.functional.partial_screen import LeadingScreen, find_leading
+
+            leading = find_leading(x, W) if len(W) >= WIDE else None
+            if leading is not None:
+                return LeadingScreen(W, bias, signed, x, leading)
             return FusedScreen(W, bias, signed, like=x)
     return Screen(W, bias, precision, signed, like=x)
 
@@ -284,23 +257,22 @@ def _make_screen(x: Tensor, W: Tensor, bias: Tensor, signed: bool, precision: Pr
 def _dense_topk(x: Tensor, W: Tensor, bias: Tensor, k: int, signed: bool) -> tuple[Tensor, Tensor]:
     """Latents and values of each row's k largest, from the dense product, 256 rows at a time."""
     indices = torch.empty(len(x), k, dtype=torch.int64, device=x.device)
-    values = x.new_empty(len(x), k)
-    for rows in torch.split(torch.arange(len(x), device=x.device), 256):
-        u = torch.addmm(bias, x[rows], W.T)
-        indices[rows] = topk_latents(u, x[rows], W, bias, k, signed)
-        values[rows] = u.gather(1, indices[rows])
+    values, slack, close = x.new_empty(len(x), k), 2 * bound_rounding(x, W, bias), []
+    for start in range(0, len(x), 256):
+        part = slice(start, start + 256)
+        u = torch.addmm(bias, x[part], W.T)
+        size = u.abs() if signed else u
+        largest, found = row_topk(size, min(k + 1, len(W)))
+        indices[part] = found[:, :k]
+        values[part] = u.gather(1, indices[part])
+        if k < len(W):
+            near, rows, latents = find_close(size, largest, slack[part], k)
+            close.append((start + near[rows], latents, u[near[rows], latents]))
+    if any(len(rows) for rows, _, _ in close):
+        rows, latents, u = (torch.cat(columns) for columns in zip(*close, strict=True))
+        best = _settle(rows, latents, x, W, bias, k, signed)
+        indices[rows[best[:, 0]]], values[rows[best[:, 0]]] = latents[best], u[best]
     return indices, values
-
-
-def _first_of_tied(size: Float[Tensor, "n m"], latents: Int[Tensor, "n m"], k: int) -> Int[Tensor, "n k"]:
-    """Places of each row's k largest, largest first; of equal ones that of the lowest latent."""
-    best = size.topk(min(k + 1, size.shape[1]), dim=1)
-    places = best.indices[:, :k].contiguous()
-    tied = (best.values[:, 1:] == best.values[:, :-1]).any(1).nonzero().squeeze(1)
-    by_latent = latents[tied].argsort(1)
-    order = size[tied].gather(1, by_latent).sort(dim=1, descending=True, stable=True).indices[:, :k]
-    places[tied] = by_latent.gather(1, order)
-    return places
 
 
 def _keep_firing(indices: Tensor, values: Tensor, signed: bool, d_sae: int) -> SparseCodes:
@@ -373,7 +345,7 @@ def _screen_batch(
         size = exact.abs() if screen.signed else exact
         if len(size) >= n_kept:
             worst = size.topk(n_kept, sorted=False).values.amin().clamp(min=0)
-            unseen = floor + _bound_error((size - approximate).abs() / noise[rows], noise)
+            unseen = floor + bound_error((size - approximate).abs() / noise[rows], noise)
             unsure = (unseen >= worst) & (unseen > 0)
             if unsure.sum() <= MAX_UNSURE * len(x):
                 return _search_again(unsure, (rows, indices, exact), x, W, bias, worst, screen.signed)
@@ -399,12 +371,6 @@ def _search_again(
     return rows[order], indices[order], exact[order]
 
 
-def _bound_error(relative: Float[Tensor, "..."], noise: Float[Tensor, "n_rows"]) -> Float[Tensor, "n_rows"]:
-    """Bound of the screen's error in each row, from the candidates' errors relative to their row's noise."""
-    worst = relative.nan_to_num().amax() if relative.numel() else noise.new_zeros(())
-    return worst * noise * ERROR_MARGIN
-
-
 def _estimate_floor(screen: Any, x: Tensor, k: float) -> Float[Tensor, ""]:
     """The size that about k entries per row exceed, from every nth row; -inf where k is at least half of the
     latents.
@@ -415,42 +381,6 @@ def _estimate_floor(screen: Any, x: Tensor, k: float) -> Float[Tensor, ""]:
     sample = x[:: max(1, x.shape[0] // 256)]
     sizes = screen.top(sample, n)[0].flatten()
     return sizes.topk(int(k * len(sample)) + 1).values[-1]
-
-
-def search_above(
-    x: Float[Tensor, "n_rows d_in"],
-    W: Float[Tensor, "d_sae d_in"],
-    bias: Float[Tensor, "d_sae"],
-    floor: Float[Tensor, "..."],
-    signed: bool,
-    max_frac: float = 1.0,
-) -> SparseCodes | None:
-    """Codes of all `u = x W^T + bias` above a threshold; None where they are more than the share `max_frac`.
-
-    Args:
-        x: activations.
-        W: encoder, one row per latent.
-        bias: encoder bias.
-        floor: the threshold: one number, or one per latent.
-        signed: whether |u| is compared with the threshold.
-        max_frac: largest share of all n_rows * d_sae entries; with more the result is None.
-
-    >>> search_above(torch.tensor([[1.0, -3.0]]), torch.eye(2), torch.zeros(2), torch.tensor(2.0), signed=True).values
-    tensor([-3.])
-    """
-    found: list[tuple[Tensor, Tensor, Tensor]] = []
-    n_left = int(max_frac * len(x) * len(W))
-    for start in range(0, len(x), SCAN_ROWS):
-        u = torch.addmm(bias, x[start : start + SCAN_ROWS], W.T)
-        rows, indices = ((u.abs() if signed else u) > floor).nonzero(as_tuple=True)
-        n_left -= len(rows)
-        if n_left < 0:
-            return None
-        found.append((indices, u[rows, indices], rows + start))
-    if not found:
-        return search_topk(x, W, bias, 1, signed)
-    indices, values, rows = (torch.cat(parts) for parts in zip(*found, strict=True))
-    return SparseCodes.from_rows(indices, values, rows, (len(x), len(W)))
 
 
 def pick_topk(

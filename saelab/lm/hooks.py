@@ -70,7 +70,7 @@ def capture(
     """
     names = list(dict.fromkeys(hook_points))
     plain_or_bridge, sites = hook_points_of(model).route(names)
-    with _within_context(model, ids):
+    with within_context(model, ids):
         return read_sites(plain_or_bridge, dict(zip(names, sites, strict=True)), to_model(model, ids), stop=stop)
 
 
@@ -120,7 +120,7 @@ def _rows_of(name: str, x: Tensor, ids: Tensor) -> Tensor:
 
 
 @contextmanager
-def _within_context(model: Model, ids: Tensor) -> Iterator[None]:
+def within_context(model: Model, ids: Tensor) -> Iterator[None]:
     """Context manager that explains an IndexError of a row that exceeds the context; only the model knows which lengths
     it can compute.
     """
@@ -255,7 +255,7 @@ def logits(
     torch.Size([1, 4, 259])
     """
     plain_or_bridge, _ = hook_points_of(model).route([])
-    with torch.set_grad_enabled(grad), _within_context(model, ids):
+    with torch.set_grad_enabled(grad), within_context(model, ids):
         return run_as_set(plain_or_bridge, to_model(model, ids))
 
 

@@ -5,17 +5,9 @@ import functools
 import pytest
 import torch
 
-from saelab.functional import codes as kernels
-from saelab.functional.codes import (
-    Entries,
-    SparseCodes,
-    attach_encoder,
-    gather_sum,
-    has_dot_kernel,
-    sampled_dot,
-    sparse_decode,
-    transpose_entries,
-)
+from saelab.functional import sparse_products as kernels
+from saelab.functional.codes import Entries, SparseCodes, attach_encoder, sparse_decode
+from saelab.functional.sparse_products import gather_sum, has_dot_kernel, sampled_dot, transpose_entries
 
 SHAPES = [(5, 7, 3), (1, 1, 1), (40, 9, 16), (3, 50, 4)]  # n_rows, d_sae, d_in
 

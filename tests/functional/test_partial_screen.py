@@ -8,11 +8,31 @@ import pytest
 import torch
 from torch import Tensor
 
-from saelab.functional.fused_screen import PANEL, can_fuse, screen_top
-from saelab.functional.partial_screen import find_leading, screen_leading, search_topk
-from saelab.functional.screening import _balance_dimensions
+from saelab.functional import compiled, threshold_search, topk
+from saelab.functional.fused_screen import PANEL, FusedScreen, can_fuse
+from saelab.functional.partial_screen import LeadingScreen, find_leading
+from saelab.functional.screening import balance_dimensions
+from saelab.functional.threshold_search import search_above
+from saelab.functional.topk import search_batch_topk
 
-pytestmark = pytest.mark.skipif(not can_fuse(torch.device("cpu")), reason="needs numba and AVX512-VNNI")
+pytestmark = pytest.mark.skipif(not can_fuse(), reason="needs numba and AVX512-VNNI")
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch):
+    """Small weights are searched as large ones are."""
+    monkeypatch.setattr(compiled, "LEAST_WEIGHTS", 0)
+    monkeypatch.setattr(topk, "WIDE", 0)
+    monkeypatch.setattr(threshold_search, "DENSE_WIDTH", 0)
+    monkeypatch.setattr(threshold_search, "choose_precision", lambda *_: "int8")
+
+
+def search_topk(x: Tensor, W: Tensor, bias: Tensor, k: int, signed: bool):
+    return topk.search_topk(x, W, bias, k, signed, precision="int8")
+
+
+def screen_top(x: Tensor, W: Tensor, bias: Tensor, n: int, signed: bool):
+    return FusedScreen(W, bias, signed, like=x).top(x, n)
 
 
 def draw(n: int, d_in: int, d_sae: int, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
@@ -20,13 +40,13 @@ def draw(n: int, d_in: int, d_sae: int, seed: int = 0) -> tuple[Tensor, Tensor, 
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(n, d_in, generator=generator) * torch.rand(n, 1, generator=generator) * 3
     x[:, 0] *= 20
-    W, bias = torch.randn(d_in, d_sae, generator=generator).T, torch.randn(d_sae, generator=generator)
+    W, bias = torch.randn(d_sae, d_in, generator=generator), torch.randn(d_sae, generator=generator)
     return x, W, bias
 
 
 def define(x: Tensor, W: Tensor, bias: Tensor, signed: bool) -> np.ndarray:
     """All sizes of the int8 screen, from its definition: rows scaled to [-127, 127] and rounded."""
-    balance = _balance_dimensions(x, W)
+    balance = balance_dimensions(x, W)
     factors = (x * balance.reciprocal()).numpy(), (W * balance).numpy()
     steps = [np.abs(part).max(1, keepdims=True) / np.float32(127) for part in factors]
     low = [np.rint(part * (1 / step)).astype(np.int64) for part, step in zip(factors, steps, strict=True)]
@@ -84,7 +104,7 @@ def naive(x: Tensor, W: Tensor, bias: Tensor, k: int, signed: bool) -> Tensor:
 def test_the_search_is_exact(rank: int, signed: bool) -> None:
     generator = torch.Generator().manual_seed(1)
     x = torch.randn(1024, rank, generator=generator) @ torch.randn(rank, 96, generator=generator)
-    W, bias = torch.randn(96, 3000, generator=generator).T, torch.randn(3000, generator=generator)
+    W, bias = torch.randn(3000, 96, generator=generator), torch.randn(3000, generator=generator)
     leading = find_leading(x, W)
     assert (leading is not None) == (rank == 16)
     z = search_topk(x, W, bias, 8, signed).to_dense()
@@ -105,7 +125,7 @@ def test_what_leading_directions_leave_out_is_found() -> None:
     bias = torch.zeros(3000)
     leading = find_leading(x, W)
     assert leading is not None
-    seen = screen_leading(x, W, bias, 18, False, leading)[1]
+    seen = LeadingScreen(W, bias, False, x, leading).top(x, 18)[1]
     assert not (
         seen[rows, :, None] == torch.tensor([100, 101, 102])[:, None, None]
     ).any()  # so the screen alone loses them
@@ -135,3 +155,47 @@ def test_rows_that_the_screen_cannot_decide_are_searched_again() -> None:
     u = x.double() @ W.double().T
     least = u.topk(8, dim=1).values[:, -1:]
     assert (u[z != 0] >= (least - 1e-4).expand_as(u)[z != 0]).all()
+
+
+@pytest.mark.parametrize("signed", [False, True])
+@pytest.mark.parametrize("rank", [16, 96])
+def test_a_batchs_largest_are_exact(rank: int, signed: bool) -> None:
+    x = torch.randn(1024, rank, generator=torch.Generator().manual_seed(3))
+    W, bias = draw(1, 96, 3000, seed=4)[1:]
+    x = x @ torch.randn(rank, 96, generator=torch.Generator().manual_seed(5)) / rank**0.5
+    z = search_batch_topk(x, W, bias, 8, signed, precision="int8").to_dense()
+    u = x.double() @ W.double().T + bias.double()
+    size = u.abs() if signed else u
+    least = size.flatten().topk(8 * 1024).values[-1]
+    assert torch.equal(z != 0, (size >= least) & (size > 0))
+    torch.testing.assert_close(z.double(), u.where(z != 0, 0.0), rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize(("signed", "per_latent"), [(False, False), (True, False), (False, True), (True, True)])
+@pytest.mark.parametrize("share", [0.002, 0.2])
+def test_sizes_above_a_threshold_are_exact(signed: bool, per_latent: bool, share: float) -> None:
+    """With the larger share a dense product takes over, as it does for one threshold of magnitudes by latent."""
+    x, W, bias = draw(400, 96, 3000)
+    u = x @ W.T + bias
+    floor = (u.abs() if signed else u).flatten().kthvalue(int((1 - share) * u.numel())).values
+    floor = floor * (1 + 0.1 * torch.rand(3000)) if per_latent else floor
+    codes = search_above(x, W, bias, floor, signed)
+    assert codes is not None
+    size, z = (u.abs() if signed else u), codes.to_dense()
+    sure = (size - floor).abs() > 1e-4 * size.abs().amax()
+    assert torch.equal((z != 0)[sure], (size > floor)[sure])
+    torch.testing.assert_close(z, u.where(z != 0, 0.0), rtol=1e-4, atol=1e-3)
+    assert search_above(x, W, bias, floor, signed, max_frac=share / 4) is None
+
+
+def test_rows_with_many_hits_get_room_for_them() -> None:
+    x, W, bias = draw(40, 32, 2000)
+    screen = FusedScreen(W, bias, False, like=x)
+    rows, latents, sizes, _ = screen.above(x, torch.tensor(0.0))
+    every, names = screen.top(x, 2000)[:2]
+    assert len(rows) > 40 * 256  # more than there was room for at first
+    dense = torch.empty_like(every).scatter_(1, names, every)
+    found = torch.zeros_like(dense).index_put((rows, latents), torch.ones(len(rows)))
+    assert torch.equal(dense >= 0, found > 0)
+    assert torch.equal(dense[rows, latents], sizes)
+    assert torch.equal(screen.count_above(x, torch.tensor(0.0)), (dense >= 0).sum(1).int())

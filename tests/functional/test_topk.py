@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 
-from saelab.functional import topk
+from saelab.functional import rescoring, topk
 from saelab.functional.activation_functions import keep_group_max
 from saelab.functional.screening import Screen, choose_precision, largest_places, quantize_rows
 from saelab.functional.topk import pick_topk, search_batch_topk, search_group_max, search_topk, topk_latents
@@ -205,7 +205,7 @@ def test_where_the_screen_loses_members_the_search_does_not(precision, signed):
 
 def test_without_the_fallback_this_file_would_notice(monkeypatch):
     x, W, bias = crowded()
-    monkeypatch.setattr(topk, "ERROR_MARGIN", -torch.inf)  # as if every screen could be trusted
+    monkeypatch.setattr(rescoring, "ERROR_MARGIN", -torch.inf)  # as if every screen could be trusted
     with pytest.raises(AssertionError, match=r"a member was lost|that is no member was kept"):
         assert_exact(search_topk(x, W, bias, K, False, "int8"), dense(x, W, bias), False, n_kept_by_row=K)
 

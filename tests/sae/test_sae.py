@@ -16,6 +16,7 @@ from saelab.sae.config import SAEConfig
 from saelab.sae.training_sae import TrainingSAE
 from saelab.stores.files import write_json
 from saelab.stores.validation import read_json
+from saelab.training.config import make_adam, step_adam
 
 D_IN, D_SAE, D_OUT, K = 12, 40, 9, 5
 
@@ -255,7 +256,7 @@ def test_overfits_one_batch(cfg):
         cfg = replace(cfg, activation=replace(cfg.activation, coefficient=1e-4))
     sae, trainee = prepared(cfg)
     x = rows(cfg, n=64)
-    optimizer = torch.optim.Adam([p for p in sae.parameters() if p.requires_grad], lr=3e-2)
+    optimizer = make_adam(sae, 3e-2, trainee.cfg)
     losses = []
     with torch.no_grad():
         start = float(trainee.objective(x).terms["reconstruction"])
@@ -263,8 +264,8 @@ def test_overfits_one_batch(cfg):
         objective = trainee.objective(x)
         objective.total.backward()
         trainee.constrain_gradients()
-        optimizer.step()
-        optimizer.zero_grad()
+        step_adam(sae, optimizer, trainee.unit_rows)
+        sae.zero_grad()
         trainee.constrain_weights()
         trainee.observe(objective)
         losses.append(float(objective.terms["reconstruction"].detach()))
