@@ -53,7 +53,11 @@ class Library:
 
 
 def saelab(activation: str, sizes: Sizes) -> Subject:
-    """saelab: one step of its training loop, the finiteness check on the batch included."""
+    """saelab: one step of its training loop, the finiteness check on the batch included.
+
+    Activations with a sparsity penalty start with most latents active and reach their target L0 in the course of a run;
+    here they are at it from the first step, as they are in most of a run.
+    """
     from saelab.sae.activation_functions import make_activation
     from saelab.sae.config import SAEConfig
     from saelab.sae.sae import SAE
@@ -75,11 +79,26 @@ def saelab(activation: str, sizes: Sizes) -> Subject:
         nonlocal run
         if run is None:
             trainee.prepare(x)
+            if activation in ("relu", "jumprelu"):
+                reach_target(sae, x, sizes.k)
             run = TrainingRun([trainee], Activations.from_tensor(x).batches(len(x)), cfg, None, None)
         run.check_finite(x)
         run.train_on(x)
 
     return Subject(step, product=saelab_product(sae))
+
+
+def reach_target(sae: Any, x: Tensor, k: int) -> None:
+    """Have k latents fire on a token of x on average, by the thresholds of JumpReLU or the biases of ReLU."""
+    import torch
+
+    with torch.no_grad():
+        u = sae.center(sae.normalizer.normalize(x[:256])) @ sae.W_enc + sae.b_enc
+        floor = u.flatten().topk(k * len(u)).values[-1]
+        if sae.threshold is None:
+            sae.b_enc.sub_(floor)
+        else:
+            sae.threshold.fill_(floor)
 
 
 def saelab_product(sae: Any) -> Callable[[Tensor], object]:

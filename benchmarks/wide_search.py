@@ -7,8 +7,9 @@
 The first draws normally distributed activations, where no direction leads; the second such of 64 dimensions in 768, as
 a narrow model's are that was widened. The third reads activations (n, d_in) and a trained SAE's encoder (d_sae, d_in).
 
-Columns: the full int8 product; the search of `topk`; that with the fused screen; that in the leading directions alone
-where there are few enough; how many they are; the share of rows that are searched again. The columns take turns.
+Columns: the full int8 product; the search by PyTorch's operations; by the fused screen; by the leading directions alone
+where there are few enough; a whole training step of TopK, with these; how many directions they are; the share of rows
+that are searched again. The columns take turns.
 
 The second table says what leading directions can save at all. By their number: the standard deviation (rho) of what
 they leave out, relative to that of a row's sizes; the share of latents whose size in these directions is within
@@ -24,11 +25,13 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from peers import Sizes, saelab
 from saelab.functional import partial_screen, topk
 from saelab.functional.fused_screen import can_fuse
 from saelab.functional.screening import SCAN_ROWS, multiply_int8
@@ -56,7 +59,7 @@ def parse() -> argparse.Namespace:
 
 
 def read(args: argparse.Namespace, d_sae: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Activations, encoder rows (transposed in memory, as an SAE's are) and bias."""
+    """Activations, encoder rows and bias."""
     draw = torch.Generator().manual_seed(0)
     if args.activations:
         x = torch.from_numpy(np.load(args.activations)).float()[: args.n]
@@ -72,7 +75,7 @@ def read(args: argparse.Namespace, d_sae: int) -> tuple[Tensor, Tensor, Tensor]:
     else:
         W = torch.randn(d_sae, x.shape[1], generator=draw)
     bias = torch.from_numpy(np.load(args.bias)).float() if args.bias else torch.zeros(len(W))
-    return x, (W / W.norm(dim=1, keepdim=True) if not args.encoder else W).T.contiguous().T, bias
+    return x, (W if args.encoder else W / W.norm(dim=1, keepdim=True)).contiguous(), bias
 
 
 def time_searches(x: Tensor, W: Tensor, bias: Tensor, k: int, repeats: int) -> dict[str, float]:
@@ -80,7 +83,7 @@ def time_searches(x: Tensor, W: Tensor, bias: Tensor, k: int, repeats: int) -> d
     low_x, low_W = (torch.randint(-127, 128, tuple(t.shape), dtype=torch.int8) for t in (x, W))
     out = torch.empty(SCAN_ROWS, len(W), dtype=torch.int32)
     repeated: list[int] = []
-    dense = partial_screen._dense_topk
+    dense, wide = topk._dense_topk, topk.WIDE
 
     def counted(rows: Tensor, *rest: object) -> tuple[Tensor, Tensor]:
         repeated.append(len(rows))
@@ -90,27 +93,32 @@ def time_searches(x: Tensor, W: Tensor, bias: Tensor, k: int, repeats: int) -> d
         for rows in low_x.split(SCAN_ROWS):
             multiply_int8(rows, low_W, out=out[: len(rows)])
 
-    calls: dict[str, Callable[[], object]] = {
-        "product": product,
-        "topk": lambda: topk.search_topk(x, W, bias, k, False),
-    }
-    if can_fuse(x.device):
-        calls["fused"] = lambda: partial_screen.search_topk(x, W, bias, k, False, partial=False)
-        calls["partial"] = lambda: partial_screen.search_topk(x, W, bias, k, False)
+    def search(numba: str, least: int) -> Callable[[], object]:
+        def call() -> object:
+            os.environ["SAELAB_NUMBA"], topk.WIDE = numba, least
+            return topk.search_topk(x, W, bias, k, False)
+
+        return call
+
+    calls: dict[str, Callable[[], object]] = {"product": product, "by torch": search("0", len(W) + 1)}
+    if can_fuse():
+        calls |= {"fused": search("1", len(W) + 1), "leading": search("1", 0)}
+    step = saelab("topk", Sizes(len(x), x.shape[1], len(W), k)).step
+    calls["step"] = lambda: step(x)
     seconds: dict[str, list[float]] = {name: [] for name in calls}
-    partial_screen._dense_topk = counted
+    topk._dense_topk = counted
     for turn in range(repeats + 1):
         found = []
         for name, call in calls.items():
             repeated.clear()
             start = time.perf_counter()
-            result = call()
+            result: Any = call()
             if turn:
                 seconds[name].append(time.perf_counter() - start)
-            if name != "product":
+            if name not in ("product", "step"):
                 found.append(result)
-        assert all(torch.equal(a.indices, found[0].indices) for a in found), "the searches differ"
-    partial_screen._dense_topk = dense
+        assert all(torch.equal(a.indices.sort().values, found[0].indices.sort().values) for a in found), "they differ"
+    topk._dense_topk, topk.WIDE = dense, wide
     leading = partial_screen.find_leading(x, W)
     row = {name: median(values) for name, values in seconds.items()}
     return row | {"directions": leading.basis.shape[1] if leading else x.shape[1], "repeated": sum(repeated) / len(x)}

@@ -5,7 +5,7 @@ import torch
 
 import saelab as sl
 from saelab.functional import compiled
-from saelab.functional.codes import Entries, nested_decode_error
+from saelab.functional.codes import Entries, SparseCodes, nested_decode_error
 from saelab.functional.compiled import has_numba, run_parts, use_numba
 from saelab.functional.sparse_products import sampled_dot, transpose_entries
 from saelab.training.config import TrainConfig, make_adam, step_adam
@@ -29,7 +29,7 @@ def draw_entries(n_groups: int = 1, seed: int = 1) -> tuple[torch.Tensor, Entrie
     z = draw(n_groups * N, D_SAE, seed=seed) * (torch.rand(n_groups * N, D_SAE, generator=generator) < 0.02)
     z[:, 7] = 0  # a latent that does not fire, and one that always does
     z[:, 8] = 1
-    codes = sl.SparseCodes.from_dense(z)
+    codes = SparseCodes.from_dense(z)
     return codes.values, Entries(codes.indices, codes.rows, codes.offsets)
 
 
@@ -164,4 +164,5 @@ def test_a_run_is_the_same_on_kernels_and_resumes_to_the_bit(activation, small, 
         fit(tmp_path / "stopped", sinks=[stop])
     assert torch.equal(fit(tmp_path / "stopped", resume=True), whole)
     monkeypatch.setenv("SAELAB_NUMBA", "0")
-    torch.testing.assert_close(fit(), whole, rtol=1e-3, atol=1e-4)
+    # a code that rounding moves across the batch's threshold changes its latent a little
+    assert (fit() - whole).norm() < 1e-3 * whole.norm()
