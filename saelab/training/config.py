@@ -30,7 +30,7 @@ class TrainConfig:
     n_tokens: int = 2_000_000
     """tokens to train on; shorter data is repeated, shuffled again for each pass"""
     batch_size: int = 4096
-    """tokens per step"""
+    """tokens per step; runs of few tokens reach a lower FVU by smaller steps, such as 512 for 200,000"""
     lr: float | None = None
     """peak learning rate; None is derived from width, batch size and length of the run"""
     betas: tuple[float, float] = (0.9, 0.999)

@@ -26,6 +26,12 @@ HOOK, LATER = "blocks.0.hook_resid_post", "blocks.1.hook_resid_post"
 SIZES = {"batch_size": 4, "shard_tokens": 30, "progress": False}
 
 
+@pytest.fixture(autouse=True)
+def one_at_a_time(monkeypatch):
+    """One forward pass at a time, by `reader.capture`, which tests here replace."""
+    monkeypatch.setattr(reader, "make_captures", lambda *_: [])
+
+
 @pytest.fixture(scope="module")
 def model():
     return tiny_model(n_layers=2)
@@ -338,6 +344,7 @@ def collect_made_up(folder: Path, slow: float) -> None:
         return {name: torch.sin(model.weight * ids[..., None].float()) for name in names}
 
     reader.capture, reader.find_hook_point = forward, lambda model, name: name
+    reader.make_captures = lambda *_: []
     reader.describe_model = lambda model: SimpleNamespace(name="m", weight_processing="none", versions={})
     model = torch.nn.Linear(1, 8)
     model.weight = torch.nn.Parameter(torch.arange(1.0, 9.0), requires_grad=False)

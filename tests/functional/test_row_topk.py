@@ -14,7 +14,7 @@ def draw(kind: str, n: int) -> torch.Tensor:
     if kind == "one block":  # the largest of a row are all entries of one block
         x[:, 3 :: n // BLOCK if n % BLOCK == 0 else 7] += 100
     if kind == "not finite":
-        x[::2, 5], x[1::3, 2], x[2::3, 7] = torch.nan, torch.inf, -torch.inf
+        x[::2, 5], x[1::3, 1], x[2::3, 7] = torch.nan, torch.inf, -torch.inf
     return x
 
 
