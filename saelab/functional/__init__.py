@@ -34,15 +34,14 @@ if TYPE_CHECKING:
     )
     from saelab.functional.pruning import needed_codes as needed_codes
     from saelab.functional.pursuit import pursue as pursue, pursue_least_squares as pursue_least_squares
+    from saelab.functional.rescoring import bound_rounding as bound_rounding, score as score
     from saelab.functional.screening import Precision as Precision
     from saelab.functional.statistics import ProbeScore as ProbeScore
+    from saelab.functional.threshold_search import search_above as search_above
     from saelab.functional.topk import (
         batch_topk_entries as batch_topk_entries,
-        bound_rounding as bound_rounding,
         group_max_latents as group_max_latents,
         pick_topk as pick_topk,
-        score as score,
-        search_above as search_above,
         search_batch_topk as search_batch_topk,
         search_group_max as search_group_max,
         search_topk as search_topk,

@@ -21,7 +21,7 @@ from saelab.functional.compiled import run_parts
 try:
     import numba  # type: ignore[import-not-found,import-untyped,unused-ignore]
 except ImportError:  # the module can be imported all the same, as every module of the package
-    numba = None
+    numba = None  # type: ignore[assignment,unused-ignore]
 
 IS_INSTALLED = numba is not None
 COMPARISONS = {"nnan", "nsz"}

@@ -10,7 +10,9 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from saelab.functional.codes import SparseCodes
-from saelab.functional.topk import DENSE_WIDTH, bound_rounding, search_topk
+from saelab.functional.rescoring import bound_rounding
+from saelab.functional.threshold_search import DENSE_WIDTH
+from saelab.functional.topk import search_topk
 
 GATHERED = 2**25  # entries of dictionary rows held at a time
 SEARCHED = 256  # rows whose products with all of W are held at a time, few enough for the cache

@@ -22,7 +22,7 @@ from torch import Tensor
 from saelab.functional.activation_functions import keep_places
 from saelab.functional.codes import SparseCodes
 from saelab.functional.compiled import use_numba
-from saelab.functional.rescoring import bound_error, bound_rounding as bound_rounding, score
+from saelab.functional.rescoring import bound_error, bound_rounding, score
 from saelab.functional.row_topk import find_close, first_of_tied, row_topk
 from saelab.functional.screening import Precision, Screen, choose_precision, first_largest, largest_first
 from saelab.functional.threshold_search import DENSE_WIDTH, search_above
@@ -380,7 +380,8 @@ def _estimate_floor(screen: Any, x: Tensor, k: float) -> Float[Tensor, ""]:
         return x.new_full((), -torch.inf)
     sample = x[:: max(1, x.shape[0] // 256)]
     sizes = screen.top(sample, n)[0].flatten()
-    return sizes.topk(int(k * len(sample)) + 1).values[-1]
+    floor: Tensor = sizes.topk(int(k * len(sample)) + 1).values[-1]
+    return floor
 
 
 def pick_topk(

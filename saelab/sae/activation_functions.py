@@ -19,11 +19,11 @@ from saelab.functional.activation_functions import (
     step_above,
 )
 from saelab.functional.codes import SparseCodes
+from saelab.functional.threshold_search import search_above
 from saelab.functional.topk import (
     batch_topk_entries,
     group_max_latents,
     pick_topk,
-    search_above,
     search_batch_topk,
     search_group_max,
     search_topk,

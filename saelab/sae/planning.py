@@ -16,7 +16,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from saelab.functional.screening import SCAN_ROWS, choose_precision
-from saelab.functional.topk import DENSE_WIDTH
+from saelab.functional.threshold_search import DENSE_WIDTH
 from saelab.sae.activation_functions import GroupMax
 from saelab.sae.competition import SURPLUS
 from saelab.sae.config import RandomPrefixes, SAEConfig

@@ -228,7 +228,7 @@ def step_adam(module: nn.Module, optimizer: torch.optim.Optimizer, unit_rows: Co
     done = {id(mine) for mine, _, _ in compiled}
     for name, mine in name_optimized(module, optimizer).items():
         if name in unit_rows and id(mine) not in done:
-            for rows in mine.split(256):  # in chunks that fit the CPU cache
+            for rows in torch.split(mine, 256):  # in chunks that fit the CPU cache
                 rows /= torch.linalg.vector_norm(rows, dim=1, keepdim=True).clamp(min=1e-12)
     for mine, parameter in zip(stored, _trained(module), strict=True):
         mine.grad = mine.grad if mine is parameter else None  # keep no gradient but the module's own
