@@ -45,12 +45,8 @@ def _is_plain(tensor: Tensor) -> bool:
 
 @functools.cache
 def has_numba() -> bool:
-    """Whether numba can be imported; tried once a process, when weights that are large enough are first seen."""
-    if find_spec("numba") is None:
-        return False
-    from saelab.functional import numba_kernels
-
-    return numba_kernels.IS_INSTALLED
+    """Whether numba is installed; looked up once a process, when weights that are large enough are first seen."""
+    return find_spec("numba") is not None
 
 
 def run_parts(kernel: Callable[[int, int], object], n: int) -> None:
@@ -75,10 +71,10 @@ def run_parts(kernel: Callable[[int, int], object], n: int) -> None:
     run(kernel, parts, n_parts)
 
 
-Parts = Iterator[tuple[int, int]]
+Ranges = Iterator[tuple[int, int]]
 
 
-def _run_by_openmp(kernel: Callable[[int, int], object], parts: Parts, n_parts: int) -> None:
+def _run_by_openmp(kernel: Callable[[int, int], object], parts: Ranges, n_parts: int) -> None:
     errors: list[BaseException] = []
 
     def work(_: Any) -> None:
@@ -95,7 +91,7 @@ def _run_by_openmp(kernel: Callable[[int, int], object], parts: Parts, n_parts: 
         raise errors[0]
 
 
-def _run_by_pool(kernel: Callable[[int, int], object], parts: Parts, n_parts: int) -> None:
+def _run_by_pool(kernel: Callable[[int, int], object], parts: Ranges, n_parts: int) -> None:
     pool = _pool(n_parts - 1, os.getpid())
     others = [pool.submit(kernel, *next(parts)) for _ in range(n_parts - 1)]
     try:

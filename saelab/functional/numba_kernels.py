@@ -23,7 +23,6 @@ try:
 except ImportError:  # the module can be imported all the same, as every module of the package
     numba = None  # type: ignore[assignment,unused-ignore]
 
-IS_INSTALLED = numba is not None
 COMPARISONS = {"nnan", "nsz"}
 # sums may be split into the lanes of a vector register; nothing here is NaN unless the result may be
 SUMS = {"reassoc", "contract", "nsz", "arcp"}
@@ -35,7 +34,11 @@ def kernel(fastmath: set[str]) -> Callable[[Callable[..., Any]], Any]:
     def compile_(function: Callable[..., Any]) -> Any:
         if numba is None:
             return function
-        return numba.njit(nogil=True, cache=True, fastmath=fastmath, error_model="numpy")(function)
+        options: dict[str, Any] = {"nogil": True, "fastmath": fastmath, "error_model": "numpy"}
+        try:
+            return numba.njit(cache=True, **options)(function)
+        except RuntimeError:  # no folder can be written: it is compiled again in every process
+            return numba.njit(**options)(function)
 
     return compile_
 
@@ -144,7 +147,15 @@ def sampled_dot(
     table: Float[Tensor, "n d"],
     order: Int[Tensor, "nnz"],
 ) -> Float[Tensor, "nnz"]:
-    """Inner products at the entries, `<left[rows[e]], table[indices[e]]>`; `order` sorts the entries by `indices`."""
+    """Inner products at the entries: `out[e] = <left[rows[e]], table[indices[e]]>`.
+
+    Args:
+        rows: row of `left` of each entry.
+        indices: row of `table` of each entry.
+        left: first factors, one row per token.
+        table: second factors, one row per latent.
+        order: permutation that sorts the entries by `indices`.
+    """
     sorted_rows, sorted_latents, products = rows[order], indices[order], left.new_empty(len(rows))
     arrays = [_array(t) for t in (sorted_rows, sorted_latents, left, table)]
     out = _array(products)

@@ -214,6 +214,11 @@ class _JointTraining(TrainingSAE):
         """Module whose parameters are optimized."""
         return self.both
 
+    @property
+    def normalized_rows(self) -> tuple[str, ...]:
+        """Weights whose rows the optimizer divides by their norms after each step."""
+        return tuple(f"sae.{name}" for name in super().normalized_rows)
+
     def objective(self, batch: Float[Tensor, "n_tokens width"]) -> StepLosses:
         """Losses of a batch, and the cross-entropy of its labels."""
         step, seen = self.code(batch)

@@ -125,7 +125,7 @@ class TrainingSAE:
         return LATENT_AXIS | dict.fromkeys(STATE_PER_LATENT, 0)
 
     @property
-    def unit_rows(self) -> tuple[str, ...]:
+    def normalized_rows(self) -> tuple[str, ...]:
         """Weights whose rows the optimizer divides by their norms after each step."""
         return ("W_dec",) if self.sae.cfg.dictionary == "unit" else ()
 
@@ -435,9 +435,7 @@ class TrainingSAE:
 
     @torch.no_grad()
     def constrain_gradients(self) -> None:
-        """Remove the component of each dictionary row's gradient parallel to the row, which would only change its
-        length.
-        """
+        """Remove each dictionary row's gradient along the row, which would only change its length."""
         grad = self.sae.W_dec.grad
         if self.sae.cfg.dictionary != "unit" or grad is None:
             return

@@ -204,13 +204,13 @@ def make_adam(module: nn.Module, lr: float, cfg: TrainConfig) -> torch.optim.Ada
 
 
 @torch.no_grad()
-def step_adam(module: nn.Module, optimizer: torch.optim.Optimizer, unit_rows: Container[str] = ()) -> None:
+def step_adam(module: nn.Module, optimizer: torch.optim.Optimizer, normalized_rows: Container[str] = ()) -> None:
     """Update the module's parameters from their gradients by one step of the optimizer.
 
     Args:
         module: the module.
         optimizer: the result of `make_adam` for it.
-        unit_rows: names of the parameters whose rows are divided by their norms afterwards.
+        normalized_rows: names of the parameters whose rows are divided by their norms afterwards.
     """
     stored = optimizer.param_groups[0]["params"]
     compiled = []
@@ -219,7 +219,7 @@ def step_adam(module: nn.Module, optimizer: torch.optim.Optimizer, unit_rows: Co
         mine.grad = grad if grad is None or parameter.is_contiguous() else grad.T
     for mine, name in zip(stored, name_optimized(module, optimizer), strict=True):
         if mine.grad is not None and mine.ndim == 2 and use_numba(mine, mine.grad):
-            compiled.append((mine, mine.grad, name in unit_rows))
+            compiled.append((mine, mine.grad, name in normalized_rows))
             mine.grad = None
     optimizer.step()
     for mine, grad, unit in compiled:
@@ -227,7 +227,7 @@ def step_adam(module: nn.Module, optimizer: torch.optim.Optimizer, unit_rows: Co
         mine.grad = grad
     done = {id(mine) for mine, _, _ in compiled}
     for name, mine in name_optimized(module, optimizer).items():
-        if name in unit_rows and id(mine) not in done:
+        if name in normalized_rows and id(mine) not in done:
             for rows in torch.split(mine, 256):  # in chunks that fit the CPU cache
                 rows /= torch.linalg.vector_norm(rows, dim=1, keepdim=True).clamp(min=1e-12)
     for mine, parameter in zip(stored, _trained(module), strict=True):

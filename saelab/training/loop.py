@@ -289,7 +289,7 @@ class TrainingRun:
             average_gradients(trainable.module, self.ranks, own)
             trainable.constrain_gradients()
             clip_gradients(trainable.module, self.cfg.clip_norm, self.ranks, own)
-            step_adam(trainable.module, optimizer, getattr(trainable, "unit_rows", ()))
+            step_adam(trainable.module, optimizer, getattr(trainable, "normalized_rows", ()))
             trainable.recycle_gradients()
             trainable.constrain_weights()
             trainable.observe(objective)

@@ -264,7 +264,7 @@ def test_overfits_one_batch(cfg):
         objective = trainee.objective(x)
         objective.total.backward()
         trainee.constrain_gradients()
-        step_adam(sae, optimizer, trainee.unit_rows)
+        step_adam(sae, optimizer, trainee.normalized_rows)
         sae.zero_grad()
         trainee.constrain_weights()
         trainee.observe(objective)

@@ -445,7 +445,7 @@ def test_the_coefficient_is_steered_towards_its_target(activation):
 # --- the dictionary's constraint
 
 
-def test_unit_rows_lose_their_parallel_gradient_and_come_back_to_unit_norm():
+def test_normalized_rows_lose_their_parallel_gradient_and_come_back_to_unit_norm():
     trainee = trainee_of(sl.TopK(k=K))
     W_dec = trainee.sae.W_dec
     trainee.objective(draw(N, D_IN)).total.backward()
@@ -456,7 +456,7 @@ def test_unit_rows_lose_their_parallel_gradient_and_come_back_to_unit_norm():
     torch.testing.assert_close((W_dec.grad * rows).sum(1), torch.zeros(D_SAE), atol=1e-6, rtol=0)
     torch.testing.assert_close(W_dec.grad, before - (before * rows).sum(1, keepdim=True) * rows)
     before = W_dec.detach().clone()
-    step_adam(trainee.module, make_adam(trainee.module, 0.1, trainee.cfg), trainee.unit_rows)
+    step_adam(trainee.module, make_adam(trainee.module, 0.1, trainee.cfg), trainee.normalized_rows)
     assert not torch.allclose(W_dec, before, atol=1e-2)
     torch.testing.assert_close(W_dec.norm(dim=1), torch.ones(D_SAE))
 
