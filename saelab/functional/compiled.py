@@ -24,6 +24,8 @@ from torch import Tensor
 
 LEAST_WEIGHTS = 2**22
 """below this number of weights PyTorch's operations take about as long"""
+PARTS = 4
+"""of a range for each thread"""
 
 
 def use_numba(weights: Tensor, *others: Tensor) -> bool:
@@ -50,7 +52,7 @@ def has_numba() -> bool:
 
 
 def run_parts(kernel: Callable[[int, int], object], n: int) -> None:
-    """Call `kernel(first, last)` for parts of `range(n)`, one for each of PyTorch's threads.
+    """Call `kernel(first, last)` for parts of `range(n)` on as many threads as PyTorch uses, a few parts for each.
 
     Args:
         kernel: called with the bounds of a part, by several threads at once; its result must not depend on how the
@@ -62,19 +64,20 @@ def run_parts(kernel: Callable[[int, int], object], n: int) -> None:
     >>> found
     [0, 1, 2, 3]
     """
-    n_parts = max(1, min(torch.get_num_threads(), n))
-    if n_parts == 1:
+    n_threads = min(torch.get_num_threads(), n)
+    if n_threads <= 1:
         kernel(0, n)
         return
+    n_parts = min(n, n_threads * PARTS)  # a thread that is slowed down leaves more of them to the others
     parts = iter([(n * i // n_parts, n * (i + 1) // n_parts) for i in range(n_parts)])
     run = _run_by_openmp if _openmp() else _run_by_pool
-    run(kernel, parts, n_parts)
+    run(kernel, parts, n_threads)
 
 
 Ranges = Iterator[tuple[int, int]]
 
 
-def _run_by_openmp(kernel: Callable[[int, int], object], parts: Ranges, n_parts: int) -> None:
+def _run_by_openmp(kernel: Callable[[int, int], object], parts: Ranges, n_threads: int) -> None:
     errors: list[BaseException] = []
 
     def work(_: Any) -> None:
@@ -86,16 +89,20 @@ def _run_by_openmp(kernel: Callable[[int, int], object], parts: Ranges, n_parts:
 
     callback, library = _CALLBACK(work), _openmp()
     assert library is not None
-    library.GOMP_parallel(callback, None, n_parts, 0)
+    library.GOMP_parallel(callback, None, n_threads, 0)
     if errors:
         raise errors[0]
 
 
-def _run_by_pool(kernel: Callable[[int, int], object], parts: Ranges, n_parts: int) -> None:
-    pool = _pool(n_parts - 1, os.getpid())
-    others = [pool.submit(kernel, *next(parts)) for _ in range(n_parts - 1)]
+def _run_by_pool(kernel: Callable[[int, int], object], parts: Ranges, n_threads: int) -> None:
+    def work() -> None:
+        for first, last in iter(lambda: next(parts, None), None):
+            kernel(first, last)
+
+    pool = _pool(n_threads - 1, os.getpid())
+    others = [pool.submit(work) for _ in range(n_threads - 1)]
     try:
-        kernel(*next(parts))
+        work()
     finally:
         for other in others:
             other.result()
