@@ -20,7 +20,7 @@ import pytest
 import torch
 from unchecked import unchecked
 
-from saelab.functional import codes as products, screening, triton_choice, triton_kernels
+from saelab.functional import screening, sparse_products as products, triton_choice, triton_kernels
 from saelab.functional.codes import Entries, SparseCodes, attach_encoder, nested_decode_error, sparse_decode
 from saelab.functional.metrics import nested_error
 from saelab.functional.topk import search_topk
@@ -292,7 +292,7 @@ def check_training_products_take_the_kernels():
         attach_encoder(sparse.values, *own, entries).square().sum().backward()
         return [t.grad for t in own]
 
-    # on the CPU the gradient of a weight is a product of compressed columns: see `codes.weight_gradient`
+    # on the CPU the gradient of a weight is a product of compressed columns: see `sparse_products.weight_gradient`
     both_ways(nested, {"gather_sum", "sampled_dot", "subtract_parts", "add_residuals"})
     both_ways(dense_parts, {"subtract_parts", "add_residuals"})
     both_ways(decoded, {"gather_sum", "sampled_dot"})
