@@ -16,7 +16,7 @@ import functools
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
 from saelab.functional.fused_screen import FusedScreen
@@ -138,8 +138,8 @@ def _mix(rank: int) -> Float[Tensor, "r r"]:
     return rotation.float()
 
 
-class LeadingScreen:
-    """A `FusedScreen` of the product within leading directions; the noise includes what is left out.
+class LeadingScreen(FusedScreen):
+    """A screen of the product within leading directions; the noise includes what they leave out.
 
     Args:
         W: encoder, one row per latent.
@@ -149,8 +149,6 @@ class LeadingScreen:
         leading: the directions.
     """
 
-    precision = "int8"
-
     def __init__(
         self,
         W: Float[Tensor, "d_sae d_in"],
@@ -159,23 +157,11 @@ class LeadingScreen:
         like: Float[Tensor, "n_rows d_in"],
         leading: Leading,
     ) -> None:
-        self.leading, self.d_sae, self.signed = leading, len(W), signed
-        self.inside = FusedScreen(W @ leading.of_W, bias, signed, like=like @ leading.of_x)
+        super().__init__(W @ leading.of_W, bias, signed, like=like @ leading.of_x)
+        self.leading = leading
 
-    def top(
-        self, x: Float[Tensor, "n_rows d_in"], n: int
-    ) -> tuple[Float[Tensor, "n_rows n"], Int[Tensor, "n_rows n"], Float[Tensor, "n_rows"], Float[Tensor, "n_rows"]]:
-        """Sizes and latents of each row's n largest, unsorted; an upper bound of the other sizes; and the noise."""
-        sizes, latents, unseen, noise = self.inside.top(x @ self.leading.of_x, n)
-        return sizes, latents, unseen, self._with_rest(x, noise)
-
-    def above(self, x: Float[Tensor, "n_rows d_in"], floor: Float[Tensor, ""]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Rows, latents and sizes of the entries at or above `floor`, row by row; and the noise of each row."""
-        rows, latents, sizes, noise = self.inside.above(x @ self.leading.of_x, floor)
-        return rows, latents, sizes, self._with_rest(x, noise)
-
-    def _with_rest(self, x: Tensor, noise: Tensor) -> Tensor:
-        """The noise of each row with that of what lies outside of the directions."""
+    def _pack(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        low, start, scale, noise = super()._pack(x @ self.leading.of_x)
         inside = x @ self.leading.basis
         left_out = (x.square().sum(1) - inside.square().sum(1)).clamp(min=0).sqrt()
-        return torch.hypot(noise, left_out * self.leading.rest)
+        return low, start, scale, torch.hypot(noise, left_out * self.leading.rest)

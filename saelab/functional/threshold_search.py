@@ -7,7 +7,7 @@ from torch import Tensor
 from saelab.functional.codes import SparseCodes
 from saelab.functional.compiled import use_numba
 from saelab.functional.rescoring import ERROR_MARGIN, score
-from saelab.functional.screening import SCAN_ROWS, choose_precision
+from saelab.functional.screening import SCAN_ROWS, Precision, choose_precision
 
 DENSE_WIDTH = 8192  # below this width a dense product and its top-k cost less than screening
 MOST_SCREENED = 1 / 32  # of all entries: where more are above the threshold, a dense product costs less
@@ -54,13 +54,20 @@ def search_above(
     return _make_codes(x, W, rows, indices, values)
 
 
-def _is_screened(x: Tensor, W: Tensor, signed: bool, floor: Tensor) -> bool:
-    """Whether a screen can find candidates here: magnitudes only above one threshold for all latents."""
-    if len(W) < DENSE_WIDTH or not len(x) or (signed and floor.numel() > 1) or not use_numba(W):
+def is_fused(W: Float[Tensor, "d_sae d_in"], precision: Precision) -> bool:
+    """Whether a screen of this encoder in this precision is a `FusedScreen`."""
+    if precision != "int8" or not use_numba(W):
         return False
     from saelab.functional.fused_screen import can_fuse
 
-    return choose_precision(x.shape[1], len(W), x.device) == "int8" and can_fuse()
+    return can_fuse()
+
+
+def _is_screened(x: Tensor, W: Tensor, signed: bool, floor: Tensor) -> bool:
+    """Whether a screen can find candidates here: magnitudes only above one threshold for all latents."""
+    if len(W) < DENSE_WIDTH or not len(x) or (signed and floor.numel() > 1):
+        return False
+    return is_fused(W, choose_precision(x.shape[1], len(W), x.device))
 
 
 def _search_screened(
@@ -84,6 +91,8 @@ def _search_screened(
     errors = ERRORS
     while True:
         rows, latents, sizes, noise = screen.above(x, limit, errors)
+        if not bool(noise.isfinite().all()):  # rows that int8 cannot hold
+            return None, False
         u = score(x, W, bias, rows, latents)
         exact = u - floor[latents] if per_latent else u
         seen = ((exact.abs() if signed else exact) - sizes).abs() / noise[rows]

@@ -21,10 +21,9 @@ from torch import Tensor
 
 from saelab.functional.activation_functions import keep_places
 from saelab.functional.codes import SparseCodes
-from saelab.functional.compiled import use_numba
 from saelab.functional.rescoring import bound_error, bound_rounding, score
 from saelab.functional.screening import Precision, Screen, choose_precision, first_largest, largest_first
-from saelab.functional.threshold_search import DENSE_WIDTH, search_above
+from saelab.functional.threshold_search import DENSE_WIDTH, is_fused, search_above
 
 WIDE = 2**15  # latents from which on directions are looked for in which the activations lie
 MAX_UNSURE = 0.1  # of the rows may be searched again in float32; with more, another screen costs less
@@ -292,16 +291,14 @@ def _make_screen(x: Tensor, W: Tensor, bias: Tensor, signed: bool, precision: Pr
     if len(x) == 0 or (precision is None and len(W) < DENSE_WIDTH):
         return None
     precision = precision or choose_precision(x.shape[1], len(W), x.device)
-    if precision == "int8" and use_numba(W):
-        from saelab.functional.fused_screen import FusedScreen, can_fuse
+    if is_fused(W, precision):
+        from saelab.functional.fused_screen import FusedScreen
+        from saelab.functional.partial_screen import LeadingScreen, find_leading
 
-        if can_fuse():
-            from saelab.functional.partial_screen import LeadingScreen, find_leading
-
-            leading = find_leading(x, W) if len(W) >= WIDE else None
-            if leading is not None:
-                return LeadingScreen(W, bias, signed, x, leading)
-            return FusedScreen(W, bias, signed, like=x)
+        leading = find_leading(x, W) if len(W) >= WIDE else None
+        if leading is not None:
+            return LeadingScreen(W, bias, signed, x, leading)
+        return FusedScreen(W, bias, signed, like=x)
     return Screen(W, bias, precision, signed, like=x)
 
 

@@ -212,25 +212,22 @@ def step_adam(module: nn.Module, optimizer: torch.optim.Optimizer, normalized_ro
         optimizer: the result of `make_adam` for it.
         normalized_rows: names of the parameters whose rows are divided by their norms afterwards.
     """
-    stored = optimizer.param_groups[0]["params"]
-    compiled = []
-    for mine, parameter in zip(stored, _trained(module), strict=True):
+    stored = name_optimized(module, optimizer)
+    compiled: dict[str, Tensor] = {}
+    for (name, mine), parameter in zip(stored.items(), _trained(module), strict=True):
         grad = parameter.grad
         mine.grad = grad if grad is None or parameter.is_contiguous() else grad.T
-    for mine, name in zip(stored, name_optimized(module, optimizer), strict=True):
         if mine.grad is not None and mine.ndim == 2 and use_numba(mine, mine.grad):
-            compiled.append((mine, mine.grad, name in normalized_rows))
-            mine.grad = None
+            compiled[name], mine.grad = mine.grad, None
     optimizer.step()
-    for mine, grad, unit in compiled:
-        _step_compiled(mine, grad, optimizer, unit)
-        mine.grad = grad
-    done = {id(mine) for mine, _, _ in compiled}
-    for name, mine in name_optimized(module, optimizer).items():
-        if name in normalized_rows and id(mine) not in done:
+    for name, mine in stored.items():
+        if name in compiled:
+            _step_compiled(mine, compiled[name], optimizer, name in normalized_rows)
+            mine.grad = compiled[name]
+        elif name in normalized_rows:
             for rows in torch.split(mine, 256):  # in chunks that fit the CPU cache
                 rows /= torch.linalg.vector_norm(rows, dim=1, keepdim=True).clamp(min=1e-12)
-    for mine, parameter in zip(stored, _trained(module), strict=True):
+    for mine, parameter in zip(stored.values(), _trained(module), strict=True):
         mine.grad = mine.grad if mine is parameter else None  # keep no gradient but the module's own
 
 

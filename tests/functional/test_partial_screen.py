@@ -188,6 +188,23 @@ def test_sizes_above_a_threshold_are_exact(signed: bool, per_latent: bool, share
     assert search_above(x, W, bias, floor, signed, max_frac=share / 4) is None
 
 
+@pytest.mark.parametrize("signed", [False, True])
+def test_rows_that_are_not_finite_are_coded_as_by_a_dense_product(signed: bool, monkeypatch) -> None:
+    x, W, bias = draw(60, 40, 900)
+    x[5, 3], x[9, 2], x[11], x[12] = torch.nan, torch.inf, 0.0, x[12] * 1e30
+    searches = {
+        "topk": lambda: search_topk(x, W, bias, 8, signed),
+        "above": lambda: search_above(x, W, bias, torch.tensor(60.0), signed),
+    }
+    for name, search in searches.items():
+        fused = search().to_dense()
+        with monkeypatch.context() as inside:
+            inside.setenv("SAELAB_NUMBA", "0")
+            plain = search().to_dense()
+        assert torch.equal(fused != 0, plain != 0), name
+        torch.testing.assert_close(fused, plain, rtol=1e-4, atol=1e-3, equal_nan=True)
+
+
 def test_rows_with_many_hits_get_room_for_them() -> None:
     x, W, bias = draw(40, 32, 2000)
     screen = FusedScreen(W, bias, False, like=x)
