@@ -258,7 +258,7 @@ def search_topk(
     if n_candidates < d_sae:
         unseen = unseen + bound_error((size - approximate).abs().amax(1) / noise, noise)
         worst = size.gather(1, places[:, -1:])[:, 0]
-        unsure = ((unseen >= worst) & (unseen > 0)).nonzero().squeeze(1)
+        unsure = (~(unseen < worst) & ~(unseen <= 0)).nonzero().squeeze(1)  # NaN decides nothing
         indices[unsure], _ = _dense_topk(x[unsure], W, bias, k, signed)
         values[unsure] = score(x, W, bias, unsure.repeat_interleave(k), indices[unsure].flatten()).view(-1, k)
     return _keep_firing(indices, values, signed, d_sae)
