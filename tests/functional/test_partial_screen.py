@@ -188,13 +188,34 @@ def test_sizes_above_a_threshold_are_exact(signed: bool, per_latent: bool, share
     assert search_above(x, W, bias, floor, signed, max_frac=share / 4) is None
 
 
+@pytest.mark.parametrize("per_latent", [False, True])
+def test_few_sizes_above_a_threshold_are_screened_until_the_errors_are_covered(per_latent: bool, monkeypatch) -> None:
+    x, W, bias = draw(400, 96, 3000)
+    u = x @ W.T + bias
+    floor = u.flatten().kthvalue(int(0.998 * u.numel())).values * (1 + 0.2 * torch.rand(3000 if per_latent else 1))
+    floor = floor if per_latent else floor[0]
+    allowed = []
+    above = FusedScreen.above
+
+    def spy(screen: FusedScreen, rows: Tensor, limit: Tensor, errors: float):
+        allowed.append(errors)
+        return above(screen, rows, limit, errors)
+
+    monkeypatch.setattr(FusedScreen, "above", spy)
+    monkeypatch.setattr(threshold_search, "ERRORS", -2.0)  # entries that are larger than their size by less are lost
+    codes = search_above(x, W, bias, floor, False)
+    assert codes is not None and len(allowed) == 2 and allowed[0] == -2 < allowed[1] < 20
+    sure = (u - floor).abs() > 1e-4 * u.abs().amax()
+    assert torch.equal((codes.to_dense() != 0)[sure], (u > floor)[sure])
+
+
 @pytest.mark.parametrize("signed", [False, True])
 def test_rows_that_are_not_finite_are_coded_as_by_a_dense_product(signed: bool, monkeypatch) -> None:
     x, W, bias = draw(60, 40, 900)
     x[5, 3], x[9, 2], x[11], x[12] = torch.nan, torch.inf, 0.0, x[12] * 1e30
     searches = {
         "topk": lambda: search_topk(x, W, bias, 8, signed),
-        "above": lambda: search_above(x, W, bias, torch.tensor(60.0), signed),
+        "above": lambda: search_above(x[torch.arange(60) != 12], W, bias, torch.tensor(400.0), signed),
     }
     for name, search in searches.items():
         fused = search().to_dense()
