@@ -22,8 +22,8 @@ from torch import Tensor
 from saelab.functional.activation_functions import keep_places
 from saelab.functional.codes import SparseCodes
 from saelab.functional.rescoring import bound_error, bound_rounding, score
-from saelab.functional.screening import Precision, Screen, choose_precision, first_largest, largest_first
-from saelab.functional.threshold_search import DENSE_WIDTH, is_fused, search_above
+from saelab.functional.screening import Precision, Screen, first_largest, largest_first
+from saelab.functional.threshold_search import DENSE_WIDTH, is_fused, screening_precision, search_above
 
 WIDE = 2**15  # latents from which on directions are looked for in which the activations lie
 MAX_UNSURE = 0.1  # of the rows may be searched again in float32; with more, another screen costs less
@@ -290,7 +290,7 @@ def _make_screen(x: Tensor, W: Tensor, bias: Tensor, signed: bool, precision: Pr
     """The screen for these rows, of one of three kinds; None where a dense product costs less."""
     if len(x) == 0 or (precision is None and len(W) < DENSE_WIDTH):
         return None
-    precision = precision or choose_precision(x.shape[1], len(W), x.device)
+    precision = precision or screening_precision(W)
     if is_fused(W, precision):
         from saelab.functional.fused_screen import FusedScreen
         from saelab.functional.partial_screen import LeadingScreen, find_leading

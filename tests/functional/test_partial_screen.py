@@ -24,7 +24,6 @@ def small(monkeypatch):
     monkeypatch.setattr(compiled, "LEAST_WEIGHTS", 0)
     monkeypatch.setattr(topk, "WIDE", 0)
     monkeypatch.setattr(threshold_search, "DENSE_WIDTH", 0)
-    monkeypatch.setattr(threshold_search, "choose_precision", lambda *_: "int8")
 
 
 def search_topk(x: Tensor, W: Tensor, bias: Tensor, k: int, signed: bool):
