@@ -38,7 +38,7 @@ def plan_run(
     ] = options.ACTIVATIONS["TopK"],
     k: Annotated[int, Option(help="Latents kept per token.")] = options.TOPK.k,
     prefixes: options.Prefixes = None,
-    batch_size: int = options.TRAINING.batch_size,
+    batch_size: int | None = None,
     mesh: Annotated[
         str | None,
         Option(
@@ -72,7 +72,7 @@ def plan_run(
     from saelab.sae.config import SAEConfig
     from saelab.sae.planning import measure_rates, plan_training
     from saelab.stores.results import format_table
-    from saelab.training.config import TrainConfig
+    from saelab.training.config import TrainConfig, default_batch_size
 
     if dtype not in options.DTYPES:
         raise ValueError(f"`--dtype` must be one of {', '.join(options.DTYPES)}, got '{dtype}'.")
@@ -85,7 +85,8 @@ def plan_run(
     cfg = SAEConfig(
         d_in=width, d_sae=d_sae, activation=read_activation(activation, k), prefixes=read_prefixes(prefixes)
     )
-    run = TrainConfig(n_tokens=int(n_tokens), batch_size=batch_size)
+    size = default_batch_size(int(n_tokens)) if batch_size is None else batch_size
+    run = TrainConfig(n_tokens=int(n_tokens), batch_size=size)
     n_data, n_latents = read_mesh(mesh) or (1, 1)
     # refuses what cannot be planned before anything is measured
     plan = plan_training(cfg, run, n_data, n_latents, dtype=getattr(torch, dtype))

@@ -64,7 +64,7 @@ def train_sae(
         ),
     ] = None,
     n_tokens: int = options.TRAINING.n_tokens,
-    batch_size: int = options.TRAINING.batch_size,
+    batch_size: int | None = None,
     lr: float | None = options.TRAINING.lr,
     seed: Annotated[int, Option(help="Seed of the initial weights and the order of the data.")] = options.TRAINING.seed,
     save_every_tokens: int | None = options.TRAINING.save_every_tokens,
@@ -112,7 +112,7 @@ def train_sae(
     from saelab.sae.objectives.dead_latents import AuxK
     from saelab.sae.sae import SAE
     from saelab.sae.sharding import check_ranks
-    from saelab.training.config import TrainConfig
+    from saelab.training.config import TrainConfig, default_batch_size
     from saelab.training.launch import launched
 
     shape, kind = settings.read_mesh(mesh), choose_device(device)
@@ -130,9 +130,8 @@ def train_sae(
         d_out=None if targets is None else targets.d_in,
         skip=skip,
     )
-    budget = TrainConfig(
-        n_tokens=n_tokens, batch_size=batch_size, lr=lr, seed=seed, save_every_tokens=save_every_tokens
-    )
+    size = default_batch_size(n_tokens) if batch_size is None else batch_size
+    budget = TrainConfig(n_tokens=n_tokens, batch_size=size, lr=lr, seed=seed, save_every_tokens=save_every_tokens)
     data = rows if targets is None else (rows, targets)
     with launched(shape, kind) as (ranks, place), ExitStack() as stack:
 

@@ -263,7 +263,7 @@ WRONG = {
     "prefixes that are no numbers": "train {acts} --d-sae 64 --prefixes 16,x --out a",
     "unknown activation": "train {acts} --d-sae 64 --activation tpok --out a",
     "unknown normalizer": "train {acts} --d-sae 64 --normalizer l2 --out a",
-    "batch larger than the data": "train {acts} --d-sae 64 --n-tokens 9999 --out a",
+    "batch larger than the data": "train {acts} --d-sae 64 --n-tokens 9999 --batch-size 4096 --out a",
     "a target that is not there": "train {acts} --d-sae 64 --target blocks.7.hook_mlp_out --out a",
     "a skip connection to nowhere": "train {acts} --d-sae 64 --skip --out a",
     "no activations": "train nowhere --d-sae 64 --out a",

@@ -38,7 +38,7 @@ def test_rates_of_a_file_are_used_and_none_are_measured(
     shell: Shell, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     file = tmp_path / "plan.json"
-    words = ["plan", "--d-in", "64", "--d-sae", "1024", "--n-tokens", "409600"]
+    words = ["plan", "--d-in", "64", "--d-sae", "1024", "--n-tokens", "409600", "--batch-size", "4096"]
     assert shell(*words, "--json", str(file)).code == 0
     monkeypatch.setattr(planning, "measure_rates", None)
     again = shell(*words, "--rates", str(file))
