@@ -5,7 +5,7 @@ untrained SAE on the same tokens, as a baseline.
 """
 
 from collections.abc import Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -312,8 +312,9 @@ def _encode(jobs: list[_Job], source: HarvestSource, share: range, progress: boo
         whole, done = source.count(share.start, share.stop), source.count(share.start, first)
         bar = tqdm(total=whole, initial=done, unit=" tokens", unit_scale=True, disable=hidden(progress))
         stack.enter_context(bar)
-        for start in range(first, share.stop, source.size):
-            batch = source.read(start)
+        starts = range(first, share.stop, source.size)
+        batches = stack.enter_context(closing(source.read_all(starts)))
+        for start, batch in zip(starts, batches, strict=True):
             n_items = min(source.size, share.stop - start)
             for job, writer in zip(jobs, writers, strict=True):
                 if start >= writer.next_seq:

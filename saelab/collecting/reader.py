@@ -7,6 +7,7 @@
 import hashlib
 import json
 from collections.abc import Generator, Iterable, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from typing import Any, Protocol, runtime_checkable
@@ -233,8 +234,8 @@ class HarvestSource(Protocol):
     n_items: int
     size: int
 
-    def read(self, start: int) -> Batch:
-        """Activations of the batch that starts at an item."""
+    def read_all(self, starts: Sequence[int]) -> Generator[Batch, None, None]:
+        """Activations of the batches that start at some items, in order; close it where it is not read to its end."""
 
     def count(self, start: int, stop: int) -> int:
         """Number of tokens in items `start` to `stop`."""
@@ -259,9 +260,15 @@ class TextSource:
         self.reader, self.tokens = reader, tokens
         self.n_items, self.size = len(tokens), n_seq
 
-    def read(self, start: int) -> Batch:
-        """Activations of the batch that starts at a sequence, from one forward pass."""
-        reading = self.reader.read(self.tokens[start : start + self.size])
+    def read_all(self, starts: Sequence[int]) -> Generator[Batch, None, None]:
+        """Activations of the batches that start at some sequences, from one forward pass each."""
+        batches = (self.tokens[start : start + self.size] for start in starts)
+        with closing(self.reader.read_all(batches)) as readings:
+            for start, reading in zip(starts, readings, strict=True):
+                yield self.batch_of(start, reading)
+
+    def batch_of(self, start: int, reading: ForwardRows) -> Batch:
+        """The batch that starts at a sequence, from what was read of it."""
         places = self._places[start * self.tokens.ctx_len + reading.index]
         return Batch(reading.acts, places, reading.removed)
 
@@ -323,9 +330,9 @@ class SameRowsSource(TextSource):
         self.kept = torch.zeros(tokens.n_tokens, dtype=torch.bool)
         self.kept[torch.from_numpy(np.asarray(places).astype(np.int64))] = True
 
-    def read(self, start: int) -> Batch:
-        """Rows of the batch that the store has, from one forward pass."""
-        batch = super().read(start)
+    def batch_of(self, start: int, reading: ForwardRows) -> Batch:
+        """Rows of the batch that the store has."""
+        batch = super().batch_of(start, reading)
         here = self.kept[batch.places]
         acts = {name: x[here.to(x.device)] for name, x in batch.acts.items()}
         return replace(batch, acts=acts, places=batch.places[here])
@@ -338,10 +345,11 @@ class SameRowsSource(TextSource):
     def sample(self, n_tokens: int) -> dict[str, Tensor]:
         """Activations of at most `n_tokens` rows by hook point, from the beginning of the text."""
         parts: list[dict[str, Tensor]] = []
-        for start in range(0, self.n_items, self.size):
-            parts.append(dict(self.read(start).acts))
-            if sum(len(next(iter(part.values()))) for part in parts) >= n_tokens:
-                break
+        with closing(self.read_all(range(0, self.n_items, self.size))) as batches:
+            for batch in batches:
+                parts.append(dict(batch.acts))
+                if sum(len(next(iter(part.values()))) for part in parts) >= n_tokens:
+                    break
         return {name: torch.cat([part[name] for part in parts])[:n_tokens].float() for name in parts[0]}
 
 
@@ -359,10 +367,11 @@ class ActivationsSource:
         self.acts, self.model, self._origin = acts, model, acts.provenance
         self.n_items, self.size = len(acts), n_rows
 
-    def read(self, start: int) -> Batch:
-        """The batch of activations that starts at a row."""
-        x = self.acts[start : start + self.size]
-        return Batch({self.acts.hook_point: x.float()}, torch.arange(start, start + len(x)), {})
+    def read_all(self, starts: Sequence[int]) -> Generator[Batch, None, None]:
+        """The batches of activations that start at some rows."""
+        for start in starts:
+            x = self.acts[start : start + self.size]
+            yield Batch({self.acts.hook_point: x.float()}, torch.arange(start, start + len(x)), {})
 
     def count(self, start: int, stop: int) -> int:
         """Number of rows from `start` to `stop`."""
