@@ -56,7 +56,9 @@ class TrainingStep:
     residual: Float[Tensor, "n_tokens d_out"]
     """`y - b_dec - z W_dec`, without gradient"""
     penalty: Tensor | None
-    """the activation's sparsity penalty of each code, of `Gated` its open gate's pre-activation; or None"""
+    """the activation's sparsity penalty of each code, of `Gated` its open gate's pre-activation; or None. Its sum has
+    the gradients of zeros that are not among the codes
+    """
     state: Mapping[str, Tensor]
     """state of training: firing counters, sparsity coefficient, and each term's own under `name.key`"""
     share: float
@@ -194,6 +196,11 @@ class LossTerm:
     which is gathered as far as it is read. A class that defines `__call__` does not inherit this
     """
 
+    reads_codes: ClassVar[bool] = True
+    """whether the term reads codes or their entries, and not only errors, residual and sum of penalties, for which
+    `JumpReLU` needs no zeros among its codes. A subclass does not inherit this
+    """
+
     coefficient: Scheduled = 1.0
     """weight of the term in the objective, a number or a `Schedule`"""
 
@@ -201,6 +208,8 @@ class LossTerm:
         super().__init_subclass__(**settings)
         if "__call__" in vars(cls) and "sharded" not in vars(cls):
             cls.sharded = False
+        if "reads_codes" not in vars(cls):
+            cls.reads_codes = True
 
     def __post_init__(self) -> None:
         low, _ = bounds_of(self.coefficient)
