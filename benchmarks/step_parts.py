@@ -33,7 +33,7 @@ PARTS = {
     "product and selection": ["fused_screen:FusedScreen._search"],
     "search of leading directions": ["partial_screen:find_leading"],
     "rescoring": ["topk:score", "threshold_search:score"],
-    "decoding": ["codes:gather_sum", "codes:subtract_parts"],
+    "decoding": ["codes:_NestedDecode.forward"],
     "gradients": ["codes:_NestedDecode.backward", "codes:_Encode.backward"],
     "gradients of thresholds": ["silent_codes:_ThresholdError.backward", "silent_codes:_SilentPenalty.backward"],
     "projection and norms": ["saelab.sae.training_sae:TrainingSAE.constrain_gradients",

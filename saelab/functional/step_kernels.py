@@ -1,4 +1,4 @@
-"""Numba kernels of the training step on CPUs: entries near thresholds, and sums of their products.
+"""Numba kernels of the training step on CPUs: nested reconstructions in one pass, and entries near thresholds.
 
 As in `numba_kernels` every latent and row is computed by itself, so that the result does not depend on the number of
 threads; the functions need numba.
@@ -16,6 +16,38 @@ from saelab.functional.compiled import run_parts
 from saelab.functional.numba_kernels import COMPARISONS, SUMS, kernel
 
 SLICE = 64  # columns for which all rows of a batch are in the second cache
+
+
+@kernel(SUMS)
+@no_type_check
+def _decode_nested(indices, values, offsets, table, target, first, last, sums, errors):
+    """Of rows first to last: the residual of every prefix, its square, and the residuals' sums from each prefix on."""
+    n_groups, n_rows = sums.shape[0], sums.shape[1]
+    for r in range(first, last):
+        for g in range(n_groups):
+            before, rest = target[r] if g == 0 else sums[g - 1, r], sums[g, r]
+            i, end = offsets[g * n_rows + r], offsets[g * n_rows + r + 1]
+            for j in range(len(rest)):
+                rest[j] = before[j]
+            while i + 4 <= end:  # four rows at a time are read from memory
+                w0, w1, w2, w3 = table[indices[i]], table[indices[i + 1]], table[indices[i + 2]], table[indices[i + 3]]
+                z0, z1, z2, z3 = values[i], values[i + 1], values[i + 2], values[i + 3]
+                for j in range(len(rest)):
+                    rest[j] -= (z0 * w0[j] + z1 * w1[j]) + (z2 * w2[j] + z3 * w3[j])
+                i += 4
+            while i < end:
+                w, z = table[indices[i]], values[i]
+                for j in range(len(rest)):
+                    rest[j] -= z * w[j]
+                i += 1
+            error = np.float32(0)
+            for j in range(len(rest)):
+                error += rest[j] * rest[j]
+            errors[g, r] = error
+        for g in range(n_groups - 2, -1, -1):
+            rest, after = sums[g, r], sums[g + 1, r]
+            for j in range(len(rest)):
+                rest[j] += after[j]
 
 
 @kernel(SUMS)
@@ -101,6 +133,31 @@ def _group_rows(rows, latents, starts, out):
     for j in range(len(starts) - 1, 0, -1):
         starts[j] = starts[j - 1]
     starts[0] = 0
+
+
+def decode_nested(
+    indices: Int[Tensor, "nnz"],
+    values: Float[Tensor, "nnz"],
+    offsets: Int[Tensor, "n_stacked_1"],
+    table: Float[Tensor, "n d"],
+    target: Float[Tensor, "n_rows d"],
+) -> tuple[Float[Tensor, "n_groups"], Float[Tensor, "n_groups n_rows d"]]:
+    """Squared errors of all prefixes, `||r_g||^2` with `r_g = target - sum_{h <= g} parts[h]`; and `sum_{h >= g} r_h`,
+    which are the gradients of the parts where all errors count alike, up to a factor.
+
+    Args:
+        indices: row of `table` of each code.
+        values: the codes.
+        offsets: (n_groups * n_rows + 1,) group g of row r has the codes `offsets[g * n_rows + r]` to the next offset.
+        table: decoder, one row per latent.
+        target: what is reconstructed.
+    """
+    n_groups = (len(offsets) - 1) // max(1, len(target))
+    sums, errors = target.new_empty(n_groups, *target.shape), target.new_empty(n_groups, len(target))
+    arrays = [_array(t) for t in (indices, values, offsets, table, target)]
+    into, squares = _array(sums), _array(errors)
+    run_parts(lambda a, b: _decode_nested(*arrays, a, b, into, squares), len(target))
+    return errors.sum(1, dtype=torch.float64).to(errors.dtype), sums
 
 
 def split_hits(

@@ -24,6 +24,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from saelab.functional.codes import Entries, SparseCodes, sparse_decode
+from saelab.functional.sparse_products import transpose_entries
 from saelab.stores.validation import read_fields, require_object
 from saelab.training.loop import ENTRY_KEYS
 from saelab.training.ranks import ALONE, RankGrid
@@ -173,9 +174,9 @@ def stack_groups(
         n_groups: number of groups.
         n_tokens: tokens in the batch.
     """
-    rows, order = (group * n_tokens + entries.rows).sort(stable=True)
-    offsets = torch.searchsorted(rows, torch.arange(n_tokens * n_groups + 1, device=rows.device))
-    return values.index_select(0, order), Entries(entries.indices[order], rows, offsets)
+    stacked = group * n_tokens + entries.rows
+    order, offsets = transpose_entries(stacked, n_tokens * n_groups)
+    return values.index_select(0, order), Entries(entries.indices[order], stacked[order], offsets)
 
 
 @dataclass(frozen=True, kw_only=True)
