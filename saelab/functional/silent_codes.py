@@ -25,9 +25,7 @@ class SilentCodes(NamedTuple):
     starts: Int[Tensor, "d_sae_1"]
 
     @classmethod
-    def from_entries(
-        cls, rows: Int[Tensor, "n_silent"], latents: Int[Tensor, "n_silent"], d_sae: int
-    ) -> "SilentCodes":
+    def from_entries(cls, rows: Int[Tensor, "n_silent"], latents: Int[Tensor, "n_silent"], d_sae: int) -> "SilentCodes":
         """The entries sorted by latent, in the order given.
 
         Args:

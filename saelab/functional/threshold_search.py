@@ -51,6 +51,7 @@ def search_above(
     return _make_codes(x, W, near.rows[above], near.latents[above], near.u[above])
 
 
+@torch.no_grad()
 def search_near(
     x: Float[Tensor, "n_rows d_in"],
     W: Float[Tensor, "d_sae d_in"],
@@ -153,7 +154,7 @@ def _screen(
     """
     from saelab.functional.fused_screen import FusedScreen
 
-    per_latent = floor.numel() > 1
+    bias, floor, per_latent = bias.detach(), floor.detach(), floor.numel() > 1
     shifted = bias - floor if per_latent else bias
     limit = floor.new_zeros(()) if per_latent else floor.reshape(())
     screen = FusedScreen(W, shifted, signed, like=x)
@@ -161,7 +162,7 @@ def _screen(
     counts = screen.count_above(sample, limit)
     if int(counts.sum()) > min(max_frac, MOST_SCREENED) * len(sample) * len(W):
         return None
-    rounding = ROUNDING * float(bias.abs().max() + floor.abs().max() + width)
+    rounding = ROUNDING * (float(bias.abs().max() + floor.abs().max()) + width)
     errors, room = ERRORS, 2 * int(counts.max())
     while True:
         rows, latents, sizes, *sure, noise = screen.near(x, limit, errors, width, rounding, room)

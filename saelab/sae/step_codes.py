@@ -54,31 +54,25 @@ class StepCodes:
 
 
 def search_codes(
-    sae: SAEModule,
-    activation: Activation,
-    read: Float[Tensor, "n_tokens d_in"],
-    n_prefixes: int,
-    ranks: RankGrid,
+    sae: SAEModule, activation: Activation, read: Float[Tensor, "n_tokens d_in"], ranks: RankGrid, unread: bool
 ) -> tuple[SparseCodes | None, SilentCodes | None]:
-    """What `search_among` finds in a training step; and those of its entries that are just below their threshold apart,
-    where they are many and no loss term reads them: of `JumpReLU`.
+    """What `search_among` finds in a training step; of `JumpReLU` the entries just below their threshold apart.
 
     Args:
         sae: the SAE, with this process's latents.
         activation: activation function of the step.
         read: what W_enc is applied to.
-        n_prefixes: number of nested reconstructions.
         ranks: processes among which tokens and latents are divided.
+        unread: whether the codes of these entries, which are 0, are read by nothing but the reconstruction.
     """
-    apart = type(activation) is JumpReLU and n_prefixes == 1 and ranks.alone
-    if apart and isinstance(activation, JumpReLU) and not any(term.reads_codes for term in sae.cfg.terms):
+    if unread and ranks.alone and isinstance(activation, JumpReLU) and type(activation) is JumpReLU:
         assert sae.threshold is not None
         found = activation.search_near(read, sae.W_enc.T, sae.b_enc, sae.threshold)
         return (None, None) if found is None else found
     return search_among(activation, read, sae.W_enc.T, sae.b_enc, sae.threshold, ranks), None
 
 
-def find_smallest(size: Float[Tensor, "nnz"]) -> Float[Tensor, ""]:
+def find_smallest(size: Float[Tensor, "*shape"]) -> Float[Tensor, ""]:
     """The smallest size above 0, NaN where there is none.
 
     >>> find_smallest(torch.tensor([0.0, 2.0, 1.0]))

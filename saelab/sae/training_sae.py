@@ -231,7 +231,7 @@ class TrainingSAE:
             with torch.no_grad():
                 centered = x if b_read is None else x - sae.b_dec
                 encoded = centered if read is None else read.detach()
-                found, silent = search_codes(sae, activation, encoded, len(self._prefixes()), self.ranks)
+                found, silent = search_codes(sae, activation, encoded, self.ranks, self._ignores_zeros)
         if found is None or centered is None:
             return self._dense_step(x, y, W_dec, activation, read, b_read)
         return self._sparse_step(x, y, W_dec, centered, found, read, b_read).with_silent(silent, sae, W_dec)
@@ -311,6 +311,12 @@ class TrainingSAE:
             return size
         whole = self.ranks.gather_ragged(size)
         return whole.topk(min(k * n_tokens * self.ranks.data.size, len(whole)), sorted=False).values
+
+    @property
+    def _ignores_zeros(self) -> bool:
+        """Whether codes of 0 are in the reconstruction alone: no term reads codes, and no objective of a subclass."""
+        own = type(self).objective is TrainingSAE.objective
+        return own and len(self._prefixes()) == 1 and not any(term.reads_codes for term in self.sae.cfg.terms)
 
     @property
     def _first(self) -> int:
