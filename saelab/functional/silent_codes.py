@@ -150,4 +150,5 @@ def sum_products(
 
         return step_kernels.sum_products(silent.rows, silent.starts, left, table)
     sums = gather_sum(silent.rows, left.new_ones(len(silent.rows)), silent.starts, left)
-    return torch.linalg.vecdot(sums, table)
+    products: Tensor = torch.linalg.vecdot(sums, table)
+    return products
