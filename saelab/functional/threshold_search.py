@@ -1,6 +1,4 @@
-"""Codes of all pre-activations above a threshold, without holding the others: `search_above`, and `search_near` for
-thresholds that are learned.
-"""
+"""Codes of all pre-activations above a threshold, without holding the others, and of those just below a learned one."""
 
 from typing import NamedTuple
 

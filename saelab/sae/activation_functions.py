@@ -19,8 +19,7 @@ from saelab.functional.activation_functions import (
     step_above,
 )
 from saelab.functional.codes import SparseCodes
-from saelab.functional.silent_codes import SilentCodes
-from saelab.functional.threshold_search import search_above, search_near
+from saelab.functional.threshold_search import search_above
 from saelab.functional.topk import (
     batch_topk_entries,
     group_max_latents,
@@ -322,12 +321,6 @@ class JumpReLU(_Penalized):
             return search_above(x, W, bias, threshold, self.signed)
         # a pre-activation just below its threshold has code 0, but a gradient to the threshold
         return search_above(x, W, bias, threshold - self.bandwidth / 2, self.signed, SPARSE_FRAC)
-
-    def search_near(
-        self, x: Tensor, W: Tensor, bias: Tensor, threshold: Tensor
-    ) -> tuple[SparseCodes, SilentCodes] | None:
-        """The same of a training step in two parts: codes above their threshold, and the entries below it."""
-        return search_near(x, W, bias, threshold, self.bandwidth, SPARSE_FRAC)
 
     def pick(self, x: Tensor, W: Tensor, bias: Tensor, threshold: Tensor | None, latents: Tensor) -> Tensor:
         """(n_rows, n_latents) codes of the given latents."""

@@ -8,7 +8,8 @@ from torch import Tensor
 
 from saelab.functional.codes import Entries, SparseCodes
 from saelab.functional.silent_codes import SilentCodes, silent_penalty, threshold_error
-from saelab.sae.activation_functions import JumpReLU
+from saelab.functional.threshold_search import search_near
+from saelab.sae.activation_functions import SPARSE_FRAC, JumpReLU
 from saelab.sae.activation_registry import Activation
 from saelab.sae.competition import search_among
 from saelab.sae.module import SAEModule
@@ -67,7 +68,7 @@ def search_codes(
     """
     if unread and ranks.alone and isinstance(activation, JumpReLU) and type(activation) is JumpReLU:
         assert sae.threshold is not None
-        found = activation.search_near(read, sae.W_enc.T, sae.b_enc, sae.threshold)
+        found = search_near(read, sae.W_enc.T, sae.b_enc, sae.threshold, activation.bandwidth, SPARSE_FRAC)
         return (None, None) if found is None else found
     return search_among(activation, read, sae.W_enc.T, sae.b_enc, sae.threshold, ranks), None
 
