@@ -56,7 +56,9 @@ def saelab(activation: str, sizes: Sizes) -> Subject:
     """saelab: one step of its training loop, the finiteness check on the batch included.
 
     Activations with a sparsity penalty start with most latents active and reach their target L0 in the course of a run;
-    here they are at it from the first step, as they are in most of a run.
+    here they are at it from the first step, as they are in most of a run, with codes of the size that reconstructs best
+    then. "jumprelu-small" leaves codes as small as they are where most latents fire: more than ten times as many
+    pre-activations are then within the bandwidth of a threshold as fire.
     """
     from saelab.sae.activation_functions import make_activation
     from saelab.sae.config import SAEConfig
@@ -67,8 +69,9 @@ def saelab(activation: str, sizes: Sizes) -> Subject:
     from saelab.training.loop import TrainingRun
 
     matryoshka = activation == "matryoshka"
-    settings = {"target_l0": float(sizes.k)} if activation in ("relu", "jumprelu") else {"k": sizes.k}
-    chosen = make_activation("batchtopk" if matryoshka else activation, **settings)
+    name, _, small = activation.partition("-")
+    settings = {"target_l0": float(sizes.k)} if name in ("relu", "jumprelu") else {"k": sizes.k}
+    chosen = make_activation("batchtopk" if matryoshka else name, **settings)
     prefixes = sizes.prefixes if matryoshka else None
     sae = SAE(SAEConfig(d_in=sizes.d_in, d_sae=sizes.d_sae, activation=chosen, prefixes=prefixes))
     cfg = TrainConfig(n_tokens=N_STEPS * sizes.n, batch_size=sizes.n)
@@ -79,8 +82,8 @@ def saelab(activation: str, sizes: Sizes) -> Subject:
         nonlocal run
         if run is None:
             trainee.prepare(x)
-            if activation in ("relu", "jumprelu"):
-                reach_target(sae, x, sizes.k)
+            if name in ("relu", "jumprelu"):
+                reach_target(sae, x, sizes.k, scaled=not small)
             run = TrainingRun([trainee], Activations.from_tensor(x).batches(len(x)), cfg, None, None)
         run.check_finite(x)
         run.train_on(x)
@@ -88,17 +91,27 @@ def saelab(activation: str, sizes: Sizes) -> Subject:
     return Subject(step, product=saelab_product(sae))
 
 
-def reach_target(sae: Any, x: Tensor, k: int) -> None:
-    """Have k latents fire on a token of x on average, by the thresholds of JumpReLU or the biases of ReLU."""
+def reach_target(sae: Any, x: Tensor, k: int, scaled: bool) -> None:
+    """Have k latents fire on a token of x on average, by the thresholds of JumpReLU or the biases of ReLU; and scale
+    their codes to the least squared error.
+    """
     import torch
 
     with torch.no_grad():
-        u = sae.center(sae.normalizer.normalize(x[:256])) @ sae.W_enc + sae.b_enc
+        centered = sae.center(sae.normalizer.normalize(x[:256]))
+        u = centered @ sae.W_enc + sae.b_enc
         floor = u.flatten().topk(k * len(u)).values[-1]
         if sae.threshold is None:
             sae.b_enc.sub_(floor)
+            z = (u - floor).relu()
         else:
             sae.threshold.fill_(floor)
+            z = u * (u > floor)
+        y_hat = z @ sae.W_dec
+        scale = (centered * y_hat).sum() / y_hat.square().sum() if scaled else 1.0
+        for weight in (sae.W_enc, sae.b_enc, sae.threshold):
+            if weight is not None:
+                weight.mul_(scale)
 
 
 def saelab_product(sae: Any) -> Callable[[Tensor], object]:

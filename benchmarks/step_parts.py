@@ -3,7 +3,8 @@
     python benchmarks/step_parts.py --activations topk,matryoshka --before ../saelab-before
 
 Parts are functions of saelab, timed while the step runs; a part that calls another is charged without it. The product
-is that of all tokens with all latents by `torch._int_mm`, in int8 whatever the step uses, between the steps. With
+is that of all tokens with all latents by `torch._int_mm`, in int8 whatever the step uses, between the steps. ReLU and
+JumpReLU are at their target L0; in `jumprelu-small` most entries are within the bandwidth (`peers.saelab`). With
 `--before` another checkout takes turns with this one; functions that it does not have are left out of its table.
 """
 
@@ -28,12 +29,14 @@ PARTS = {
     "product": ["screening:Screen.multiply"],
     "selection": ["screening:ScreenedRows.__init__", "screening:ScreenedRows.top", "screening:ScreenedRows.above",
                   "screening:Screen.top", "screening:Screen.above", "topk:search_topk", "topk:search_batch_topk",
-                  "fused_screen:FusedScreen.top", "fused_screen:FusedScreen.above", "threshold_search:search_above"],
+                  "fused_screen:FusedScreen.top", "fused_screen:FusedScreen.above", "threshold_search:search_above",
+                  "threshold_search:_screen", "saelab.sae.step_codes:search_near"],
     "product and selection": ["fused_screen:FusedScreen._search"],
     "search of leading directions": ["partial_screen:find_leading"],
     "rescoring": ["topk:score", "threshold_search:score"],
-    "decoding": ["codes:gather_sum", "codes:subtract_parts"],
+    "decoding": ["codes:_NestedDecode.forward"],
     "gradients": ["codes:_NestedDecode.backward", "codes:_Encode.backward"],
+    "gradients of thresholds": ["silent_codes:_ThresholdError.backward", "silent_codes:_SilentPenalty.backward"],
     "projection and norms": ["saelab.sae.training_sae:TrainingSAE.constrain_gradients",
                              "saelab.sae.training_sae:TrainingSAE.constrain_weights"],
     "clipping": ["saelab.training.loop:clip_gradients"],
@@ -47,7 +50,7 @@ MARK = "measured: "
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--activations", default="topk,abstopk,batchtopk,matryoshka,jumprelu,relu", help="of %(default)s"
+        "--activations", default="topk,abstopk,batchtopk,matryoshka,jumprelu,jumprelu-small,relu", help="of %(default)s"
     )
     parser.add_argument("--n", type=int, default=4096, help="tokens in a step (default 4096)")
     parser.add_argument("--d-in", type=int, default=768, help="width of the activations (default 768)")

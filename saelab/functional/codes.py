@@ -45,7 +45,11 @@ _decode: Callable[[Tensor, Tensor, Entries], Tensor] = _Decode.apply
 
 
 class _NestedDecode(torch.autograd.Function):
-    """Squared errors of cumulative reconstructions; one buffer holds the parts, then the residuals."""
+    """Squared errors of cumulative reconstructions; one buffer holds the parts, then the residuals.
+
+    The compiled form keeps for each prefix the sum of its residual and those of longer ones. Where all errors have the
+    same gradient c, the gradient of a part is -2 c times that sum.
+    """
 
     @staticmethod
     def forward(
@@ -60,10 +64,17 @@ class _NestedDecode(torch.autograd.Function):
         centered: Tensor | None,
         add: Callable[[Tensor], None] | None,
     ) -> tuple[Tensor, Tensor]:
-        residuals = gather_sum(entries.indices, values, entries.offsets, W_dec).view(n_groups, *x.shape)
-        if add is not None:
-            add(residuals)
-        errors = subtract_parts(x - b_dec if centered is None else centered, residuals, residuals)
+        target = x - b_dec if centered is None else centered
+        ctx.summed = add is None and use_numba(W_dec, target)
+        if ctx.summed:
+            from saelab.functional import step_kernels
+
+            errors, residuals = step_kernels.decode_nested(entries.indices, values, entries.offsets, W_dec, target)
+        else:
+            residuals = gather_sum(entries.indices, values, entries.offsets, W_dec).view(n_groups, *x.shape)
+            if add is not None:
+                add(residuals)
+            errors = subtract_parts(target, residuals, residuals)
         ctx.save_for_backward(values, W_dec, residuals)
         ctx.entries = entries
         ctx.spare = spare
@@ -75,7 +86,13 @@ class _NestedDecode(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         values, W_dec, residuals = ctx.saved_tensors
         entries: Entries = ctx.entries.with_columns(len(W_dec))
-        grad_parts = add_residuals(residuals, grad)
+        scale = None
+        if ctx.summed and bool((grad == grad[0]).all()):
+            scale, grad_parts = -2 * grad[0], residuals
+            values = values * scale
+        else:
+            each = torch.cat([residuals[:-1] - residuals[1:], residuals[-1:]]) if ctx.summed else residuals
+            grad_parts = add_residuals(each, grad)
         flat = grad_parts.view(-1, W_dec.shape[1])
         grad_values = grad_W = None
         if ctx.needs_input_grad[0] and ctx.needs_input_grad[1] and use_numba(W_dec, flat):
@@ -90,7 +107,11 @@ class _NestedDecode(torch.autograd.Function):
             if ctx.needs_input_grad[1]:
                 grad_W = weight_gradient(entries, values, flat, len(W_dec), ctx.spare)
         grad_x = -grad_parts[0] if ctx.needs_input_grad[2] else None
-        return grad_values, grad_W, grad_x, grad_parts[0].sum(0), None, None, None, None, None
+        grad_b = grad_parts[0].sum(0)
+        if scale is not None:
+            grad_values = None if grad_values is None else grad_values * scale
+            grad_x, grad_b = None if grad_x is None else grad_x * scale, grad_b * scale
+        return grad_values, grad_W, grad_x, grad_b, None, None, None, None, None
 
 
 _nested_decode: Callable[

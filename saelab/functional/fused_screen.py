@@ -23,6 +23,7 @@ from torch import Tensor
 from saelab.functional.compiled import run_parts
 from saelab.functional.numba_kernels import COMPARISONS, kernel
 from saelab.functional.screening import BLOCK, balance_dimensions, scratch
+from saelab.functional.step_kernels import split_hits
 
 try:
     import numba  # type: ignore[import-not-found,import-untyped,unused-ignore]
@@ -385,15 +386,40 @@ class FusedScreen:
             floor: the threshold.
             errors: entries are returned too that are below it by no more than this many times the noise of their row.
         """
+        rows, latents, sizes, _, _, noise = self.near(x, floor, errors)
+        return rows, latents, sizes, noise
+
+    def near(
+        self,
+        x: Float[Tensor, "n_rows d_in"],
+        floor: Float[Tensor, ""],
+        errors: float,
+        width: float = 0.0,
+        rounding: float = 0.0,
+        room: int = 0,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """What `above` returns, without the entries that are surely above `floor` and below `floor + width`; and of
+        these rows and latents, before the noise.
+
+        Args:
+            x: activations.
+            floor: the threshold.
+            errors: how many times the noise of its row an entry's size may be off.
+            width: where the entries end that are left out; 0 leaves none out.
+            rounding: what a size may be off in addition.
+            room: entries that rows may have, if known; where one has more the search is repeated.
+        """
         low, start, scale, noise = self._pack(x)
         limit = self._limit(floor - errors * noise, scale)
-        room = self.d_sae if floor == -torch.inf else min(ROOM, self.d_sae)
+        room = self.d_sae if floor == -torch.inf else min(max(room, ROOM), self.d_sae)
         sizes, latents, counts = self._search(low, start, scale, limit, 0, room)
         most = int(counts.max())
         if most > room:
             sizes, latents, counts = self._search(low, start, scale, limit, 0, most)
-        rows, places = (torch.arange(sizes.shape[1]) < counts[:, None]).nonzero(as_tuple=True)
-        return rows, latents[rows, places].long(), sizes[rows, places] * scale[rows], noise
+        margin, n = errors * noise + rounding, len(x)
+        base = float(floor) if width else 0.0
+        found = split_hits(sizes, latents, counts[:n], scale[:n], margin + base, width + 2 * base)
+        return *found, noise
 
     def count_above(self, x: Float[Tensor, "n_rows d_in"], floor: Float[Tensor, ""]) -> Int[Tensor, "n_rows"]:
         """Number of sizes at or above `floor` in each row."""
@@ -423,7 +449,8 @@ class FusedScreen:
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Sizes and latents that `_scan` keeps, and their numbers; `limit` is changed in place."""
         shape = (len(scale), room)
-        sizes, latents = torch.full(shape, -torch.inf), torch.zeros(shape, dtype=torch.int32)
+        sizes = torch.full(shape, -torch.inf) if n else torch.empty(shape)  # with n, of all places some are read
+        latents = torch.zeros(shape, dtype=torch.int32) if n else torch.empty(shape, dtype=torch.int32)
         counts = torch.zeros(len(scale), dtype=torch.int32)
         inputs = [_array(t) for t in (low, start, scale.reciprocal(), self.W, self.step, self.bias)]
         outputs = [_array(t) for t in (sizes, latents, limit, counts)]

@@ -16,7 +16,7 @@ from saelab.functional.compiled import use_numba
 from saelab.functional.metrics import ReconstructionSums, nested_error
 from saelab.sae.activation_functions import MIN_THRESHOLD, ReLU
 from saelab.sae.activation_registry import Activation
-from saelab.sae.competition import activate_among, search_among
+from saelab.sae.competition import activate_among
 from saelab.sae.encoders import PursuitEncoder, Refined
 from saelab.sae.module import SAEModule
 from saelab.sae.objectives.reconstruction import ReconstructionLoss
@@ -25,6 +25,7 @@ from saelab.sae.objectives.whole_step import STATE_PER_LATENT, WholeStep, group_
 from saelab.sae.placement import normalize_rows, place_weights, reorder_latents
 from saelab.sae.sharding import LATENT_AXIS, reconstruct_among
 from saelab.sae.soft_frozen import SoftFrozen, project_to_cones
+from saelab.sae.step_codes import StepCodes, find_smallest, search_codes
 from saelab.training.config import TrainConfig
 from saelab.training.ranks import ALONE, RankGrid
 from saelab.training.schedules import value_at
@@ -59,26 +60,6 @@ class StepLosses:
     def total(self) -> Float[Tensor, ""]:
         """Sum of the losses, which is differentiated."""
         return torch.stack(list(self.terms.values())).sum()
-
-
-@dataclass(frozen=True, eq=False)
-class _StepCodes:
-    """Codes of one batch and their reconstruction errors."""
-
-    errors: Tensor
-    residual: Tensor
-    penalty: Tensor | None
-    seen: tuple[Tensor, Tensor, Tensor]
-    """fired, l0, smallest of the codes"""
-    sparse: tuple[Tensor, Entries] | None = None
-    dense: Tensor | None = None
-    u: Tensor | None = None
-
-
-def _smallest(size: Tensor) -> Tensor:
-    """The smallest size above 0, NaN where there is none."""
-    smallest = size.masked_fill(size == 0, torch.inf).amin() if size.numel() else size.new_tensor(torch.inf)
-    return torch.where(smallest.isinf(), torch.nan, smallest)
 
 
 class TrainingSAE:
@@ -238,22 +219,22 @@ class TrainingSAE:
         l0 = data.total(latents.total(l0)) / data.size
         return data.largest(fired), l0, torch.where(smallest.isinf(), torch.nan, smallest)
 
-    def _code(self, x: Tensor, y: Tensor, W_dec: Tensor, b_read: Tensor | None) -> _StepCodes:
+    def _code(self, x: Tensor, y: Tensor, W_dec: Tensor, b_read: Tensor | None) -> StepCodes:
         """Codes of a batch, in the sparse form where that is possible and faster, and their errors."""
         sae, activation = self.sae, self.activation
         if isinstance(sae.cfg.encoder, PursuitEncoder):
             return self._pursuit_step(x, W_dec, sae.cfg.encoder, activation)
-        found = centered = read = None
+        found = silent = centered = read = None
         if isinstance(sae.cfg.encoder, Refined):
             read = self.ranks.latents.share(sae.refine(x - sae.b_dec, activation, self.ranks))
         if not any("dense" in term.needs for term in sae.cfg.terms):
             with torch.no_grad():
                 centered = x if b_read is None else x - sae.b_dec
                 encoded = centered if read is None else read.detach()
-                found = search_among(activation, encoded, sae.W_enc.T, sae.b_enc, sae.threshold, self.ranks)
+                found, silent = search_codes(sae, activation, encoded, self.ranks, self._ignores_zeros)
         if found is None or centered is None:
             return self._dense_step(x, y, W_dec, activation, read, b_read)
-        return self._sparse_step(x, y, W_dec, centered, found, read, b_read)
+        return self._sparse_step(x, y, W_dec, centered, found, read, b_read).with_silent(silent, sae, W_dec)
 
     def _sparse_step(
         self,
@@ -264,7 +245,7 @@ class TrainingSAE:
         found: SparseCodes,
         read: Tensor | None,
         b_read: Tensor | None,
-    ) -> _StepCodes:
+    ) -> StepCodes:
         """Errors of the prefixes from sparse codes, at a cost proportional to the number of active entries; `read` is
         what W_enc is applied to, where that is not `centered`.
         """
@@ -282,7 +263,7 @@ class TrainingSAE:
             penalty = sae.cfg.activation.penalty(u, values, threshold)
         return self._decode_step(values, entries, y, W_dec, None if transcodes else centered, penalty)
 
-    def _pursuit_step(self, x: Tensor, W_dec: Tensor, encoder: PursuitEncoder, activation: Activation) -> _StepCodes:
+    def _pursuit_step(self, x: Tensor, W_dec: Tensor, encoder: PursuitEncoder, activation: Activation) -> StepCodes:
         """Errors of the prefixes for a pursuit, whose codes are differentiable or constants."""
         number = int(self.state["n_steps"])
         visible = self.sae.cfg.reconstruction.visible(self.sae.cfg.d_in, self.cfg.seed, number)
@@ -302,13 +283,13 @@ class TrainingSAE:
         W_dec: Tensor,
         centered: Tensor | None,
         penalty: Tensor | None,
-    ) -> _StepCodes:
+    ) -> StepCodes:
         """Errors of the groups from codes at the given entries; `centered` is y - b_dec, if known."""
         sae, n, indices = self.sae, len(y), entries.indices
         size = values.detach().abs()
         fired = torch.zeros(len(W_dec), dtype=torch.bool, device=y.device)
         fired[indices[size > 0]] = True
-        seen = (fired, (size > 0).sum() / n, _smallest(self._kept(size, n)))
+        seen = (fired, (size > 0).sum() / n, find_smallest(self._kept(size, n)))
         group, n_groups = self._group(values, entries, n)
         parts, ordered = entries, values
         if n_groups > 1:
@@ -317,7 +298,7 @@ class TrainingSAE:
         errors, residual = nested_decode_error(
             ordered, W_dec, y, sae.b_dec, parts, n_groups, self._spare("W_dec"), centered, add
         )
-        return _StepCodes(errors, residual, penalty, seen, (values, entries))
+        return StepCodes(errors, residual, penalty, seen, (values, entries))
 
     def _kept(self, size: Tensor, n_tokens: int) -> Tensor:
         """The magnitudes that a running threshold keeps in inference, fewer where training keeps more."""
@@ -330,6 +311,12 @@ class TrainingSAE:
             return size
         whole = self.ranks.gather_ragged(size)
         return whole.topk(min(k * n_tokens * self.ranks.data.size, len(whole)), sorted=False).values
+
+    @property
+    def _ignores_zeros(self) -> bool:
+        """Whether codes of 0 are in the reconstruction alone: no term reads codes, and no objective of a subclass."""
+        own = type(self).objective is TrainingSAE.objective
+        return own and len(self._prefixes()) == 1 and not any(term.reads_codes for term in self.sae.cfg.terms)
 
     @property
     def _first(self) -> int:
@@ -355,7 +342,7 @@ class TrainingSAE:
         activation: Activation,
         read: Tensor | None,
         b_read: Tensor | None,
-    ) -> _StepCodes:
+    ) -> StepCodes:
         """Errors of the prefixes for any activation, from dense codes."""
         sae = self.sae
         if read is None:
@@ -372,8 +359,8 @@ class TrainingSAE:
         errors, residual = nested_error(y - sae.b_dec, self.ranks.latents.sum(parts))
         size = z.detach().abs()
         fires = size > 0
-        seen = (fires.any(0), fires.sum() / len(x), _smallest(size))
-        return _StepCodes(errors, residual, penalty, seen, None, z, u)
+        seen = (fires.any(0), fires.sum() / len(x), find_smallest(size))
+        return StepCodes(errors, residual, penalty, seen, None, z, u)
 
     def _spare(self, name: str) -> list[Tensor]:
         """Memory of the last step's gradient of a weight, to be reused; empty if there is none."""

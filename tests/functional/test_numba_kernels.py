@@ -86,29 +86,36 @@ def test_inner_products_are_those_of_float64_and_equal_for_equal_rows(small):
 
 
 @needs_numba
+@pytest.mark.parametrize("equal", [True, False])
 @pytest.mark.parametrize("n_groups", [1, 3])
-@pytest.mark.parametrize("n_threads", [1, 3])
-def test_gradients_of_decoding_are_those_of_dense_autograd(n_groups, n_threads, small):
+def test_gradients_of_decoding_are_those_of_dense_autograd(n_groups, equal, small):
+    """Where all errors count alike, and where they do not; to the bit the same on any number of threads."""
     values, entries = draw_entries(n_groups)
     x, W, b = draw(N, D_IN, seed=3), draw(D_SAE, D_IN, seed=4), draw(D_IN, seed=5)
     weights = torch.rand(n_groups, generator=torch.Generator().manual_seed(6))
-    before = torch.get_num_threads()
-    torch.set_num_threads(n_threads)
+    weights = weights[:1].expand(n_groups) if equal else weights
+    before, results = torch.get_num_threads(), []
     try:
-        got = [t.clone().requires_grad_() for t in (values, W, b)]
-        errors, _ = nested_decode_error(got[0], got[1], x, got[2], entries, n_groups)
-        (errors * weights).sum().backward()
+        for n_threads in (1, 3):
+            torch.set_num_threads(n_threads)
+            got = [t.clone().requires_grad_() for t in (values, W, x, b)]
+            errors, last = nested_decode_error(*got, entries, n_groups)
+            (errors * weights).sum().backward()
+            results.append([errors.detach(), last, *(t.grad for t in got)])
     finally:
         torch.set_num_threads(before)
-    want = [t.double().requires_grad_() for t in (values, W, b)]
+    want = [t.double().requires_grad_() for t in (values, W, x, b)]
     dense = torch.zeros(n_groups * N, D_SAE, dtype=torch.float64)
     dense = dense.index_put((entries.rows, entries.indices), want[0])
     parts = (dense @ want[1]).view(n_groups, N, D_IN).cumsum(0)
-    expected = (x.double() - want[2] - parts).square().sum((1, 2))
+    residuals = want[2] - want[3] - parts
+    expected = residuals.square().sum((1, 2))
     (expected * weights).sum().backward()
-    for mine, theirs in zip(got, want, strict=True):
-        scale = float(theirs.grad.abs().max())
-        torch.testing.assert_close(mine.grad.double(), theirs.grad, rtol=1e-4, atol=1e-5 * scale)
+    expected_results = [expected.detach(), residuals[-1].detach(), *(t.grad for t in want)]
+    for mine, again, theirs in zip(*results, expected_results, strict=True):
+        scale = float(theirs.abs().max())
+        torch.testing.assert_close(mine.double(), theirs, rtol=1e-4, atol=1e-5 * scale)
+        assert torch.equal(mine, again)
 
 
 @needs_numba
@@ -144,13 +151,22 @@ def test_projected_gradients_have_no_part_along_their_rows():
 
 
 @needs_numba
-@pytest.mark.parametrize("activation", [sl.TopK(k=4), sl.AbsTopK(k=4), sl.BatchTopK(k=4)])
-def test_a_run_is_the_same_on_kernels_and_resumes_to_the_bit(activation, small, monkeypatch, tmp_path):
+@pytest.mark.parametrize(
+    ("activation", "prefixes"),
+    [
+        (sl.TopK(k=4), None),
+        (sl.AbsTopK(k=4), None),
+        (sl.BatchTopK(k=4), None),
+        (sl.BatchTopK(k=4), (30, 90, D_SAE)),
+        (sl.JumpReLU(coefficient=0.1, start=2.0, bandwidth=0.5), None),
+    ],
+)
+def test_a_run_is_the_same_on_kernels_and_resumes_to_the_bit(activation, prefixes, small, monkeypatch, tmp_path):
     x = draw(2048, 16) @ draw(16, D_IN, seed=1)
     cfg = TrainConfig(n_tokens=10 * 512, batch_size=512, save_every_tokens=512)
 
     def fit(out=None, **options):
-        sae = sl.SAE(sl.SAEConfig(d_in=D_IN, d_sae=D_SAE, activation=activation), seed=0)
+        sae = sl.SAE(sl.SAEConfig(d_in=D_IN, d_sae=D_SAE, activation=activation, prefixes=prefixes), seed=0)
         return sae.fit(x, cfg, out=out, progress=False, **options).W_dec.detach().clone()
 
     whole = fit(tmp_path / "whole")

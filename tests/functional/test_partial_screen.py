@@ -194,13 +194,13 @@ def test_few_sizes_above_a_threshold_are_screened_until_the_errors_are_covered(p
     floor = u.flatten().kthvalue(int(0.998 * u.numel())).values * (1 + 0.2 * torch.rand(3000 if per_latent else 1))
     floor = floor if per_latent else floor[0]
     allowed = []
-    above = FusedScreen.above
+    near = FusedScreen.near
 
-    def spy(screen: FusedScreen, rows: Tensor, limit: Tensor, errors: float):
+    def spy(screen: FusedScreen, rows: Tensor, limit: Tensor, errors: float, *others: float):
         allowed.append(errors)
-        return above(screen, rows, limit, errors)
+        return near(screen, rows, limit, errors, *others)
 
-    monkeypatch.setattr(FusedScreen, "above", spy)
+    monkeypatch.setattr(FusedScreen, "near", spy)
     monkeypatch.setattr(threshold_search, "ERRORS", -2.0)  # entries that are larger than their size by less are lost
     codes = search_above(x, W, bias, floor, False)
     assert codes is not None and len(allowed) == 2 and allowed[0] == -2 < allowed[1] < 20

@@ -51,6 +51,7 @@ class AuxK(LossTerm):
             raise ValueError(f"`dead_after_tokens` must be at least 1, got {self.dead_after_tokens}.")
 
     sharded: ClassVar[bool] = True
+    reads_codes: ClassVar[bool] = False
 
     def __call__(self, step: TrainingStep) -> Float[Tensor, ""]:
         """Error of the dead latents' reconstruction of the residual on the first `token_frac` of the batch; 0 if no

@@ -22,6 +22,7 @@ class ReconstructionLoss(LossTerm):
     """
 
     sharded: ClassVar[bool] = True
+    reads_codes: ClassVar[bool] = False
 
     def __call__(self, step: TrainingStep) -> Float[Tensor, ""]:
         """`mean_g ||y - y_hat_g||^2 / (n_tokens * variance)`."""

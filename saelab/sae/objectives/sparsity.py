@@ -21,6 +21,7 @@ class SparsityLoss(LossTerm):
     """
 
     sharded: ClassVar[bool] = True
+    reads_codes: ClassVar[bool] = False
 
     def __call__(self, step: TrainingStep) -> Float[Tensor, ""]:
         """`lambda * sum of penalties / n_tokens`."""

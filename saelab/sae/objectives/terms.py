@@ -24,6 +24,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from saelab.functional.codes import Entries, SparseCodes, sparse_decode
+from saelab.functional.sparse_products import transpose_entries
 from saelab.stores.validation import read_fields, require_object
 from saelab.training.loop import ENTRY_KEYS
 from saelab.training.ranks import ALONE, RankGrid
@@ -56,7 +57,9 @@ class TrainingStep:
     residual: Float[Tensor, "n_tokens d_out"]
     """`y - b_dec - z W_dec`, without gradient"""
     penalty: Tensor | None
-    """the activation's sparsity penalty of each code, of `Gated` its open gate's pre-activation; or None"""
+    """the activation's sparsity penalty of each code, of `Gated` its open gate's pre-activation; or None. Its sum has
+    the gradients of zeros that are not among the codes
+    """
     state: Mapping[str, Tensor]
     """state of training: firing counters, sparsity coefficient, and each term's own under `name.key`"""
     share: float
@@ -171,9 +174,9 @@ def stack_groups(
         n_groups: number of groups.
         n_tokens: tokens in the batch.
     """
-    rows, order = (group * n_tokens + entries.rows).sort(stable=True)
-    offsets = torch.searchsorted(rows, torch.arange(n_tokens * n_groups + 1, device=rows.device))
-    return values.index_select(0, order), Entries(entries.indices[order], rows, offsets)
+    stacked = group * n_tokens + entries.rows
+    order, offsets = transpose_entries(stacked, n_tokens * n_groups)
+    return values.index_select(0, order), Entries(entries.indices[order], stacked[order], offsets)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -194,6 +197,11 @@ class LossTerm:
     which is gathered as far as it is read. A class that defines `__call__` does not inherit this
     """
 
+    reads_codes: ClassVar[bool] = True
+    """whether the term reads codes or their entries, and not only errors, residual and sum of penalties, for which
+    `JumpReLU` needs no zeros among its codes. A subclass does not inherit this
+    """
+
     coefficient: Scheduled = 1.0
     """weight of the term in the objective, a number or a `Schedule`"""
 
@@ -201,6 +209,8 @@ class LossTerm:
         super().__init_subclass__(**settings)
         if "__call__" in vars(cls) and "sharded" not in vars(cls):
             cls.sharded = False
+        if "reads_codes" not in vars(cls):
+            cls.reads_codes = True
 
     def __post_init__(self) -> None:
         low, _ = bounds_of(self.coefficient)

@@ -1,0 +1,83 @@
+"""`StepCodes`: the codes of one training batch with their reconstruction errors, and what silent codes add to them."""
+
+from dataclasses import dataclass, replace
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from saelab.functional.codes import Entries, SparseCodes
+from saelab.functional.silent_codes import SilentCodes, silent_penalty, threshold_error
+from saelab.functional.threshold_search import search_near
+from saelab.sae.activation_functions import SPARSE_FRAC, JumpReLU
+from saelab.sae.activation_registry import Activation
+from saelab.sae.competition import search_among
+from saelab.sae.module import SAEModule
+from saelab.training.ranks import RankGrid
+
+
+@dataclass(frozen=True, eq=False)
+class StepCodes:
+    """Codes of one batch and their reconstruction errors."""
+
+    errors: Float[Tensor, "n_groups"]
+    """squared error of each prefix or number of latents"""
+    residual: Float[Tensor, "n_tokens d_out"]
+    """what the last of them leaves, without gradient"""
+    penalty: Tensor | None
+    """the activation's penalty of each code, or None"""
+    seen: tuple[Tensor, Tensor, Tensor]
+    """latents that fired, L0, smallest code"""
+    sparse: tuple[Float[Tensor, "nnz"], Entries] | None = None
+    """codes at their entries"""
+    dense: Tensor | None = None
+    """all codes"""
+    u: Tensor | None = None
+    """all pre-activations"""
+
+    def with_silent(
+        self, silent: SilentCodes | None, sae: SAEModule, W_dec: Float[Tensor, "d_sae d_out"]
+    ) -> "StepCodes":
+        """The same with the gradients that silent codes give their thresholds.
+
+        Args:
+            silent: entries just below their threshold; None for none.
+            sae: the SAE.
+            W_dec: its decoder in this step, one row per latent.
+        """
+        if silent is None:
+            return self
+        assert self.penalty is not None and sae.threshold is not None and isinstance(sae.cfg.activation, JumpReLU)
+        threshold, bandwidth = sae.threshold, sae.cfg.activation.bandwidth
+        errors = threshold_error(self.errors, threshold, self.residual, W_dec, silent, bandwidth)
+        penalty = torch.cat([self.penalty, silent_penalty(threshold, silent, bandwidth)])
+        return replace(self, errors=errors, penalty=penalty)
+
+
+def search_codes(
+    sae: SAEModule, activation: Activation, read: Float[Tensor, "n_tokens d_in"], ranks: RankGrid, unread: bool
+) -> tuple[SparseCodes | None, SilentCodes | None]:
+    """What `search_among` finds in a training step; of `JumpReLU` the entries just below their threshold apart.
+
+    Args:
+        sae: the SAE, with this process's latents.
+        activation: activation function of the step.
+        read: what W_enc is applied to.
+        ranks: processes among which tokens and latents are divided.
+        unread: whether the codes of these entries, which are 0, are read by nothing but the reconstruction.
+    """
+    if unread and ranks.alone and isinstance(activation, JumpReLU) and type(activation) is JumpReLU:
+        assert sae.threshold is not None
+        found = search_near(read, sae.W_enc.T, sae.b_enc, sae.threshold, activation.bandwidth, SPARSE_FRAC)
+        return (None, None) if found is None else found
+    return search_among(activation, read, sae.W_enc.T, sae.b_enc, sae.threshold, ranks), None
+
+
+def find_smallest(size: Float[Tensor, "*shape"]) -> Float[Tensor, ""]:
+    """The smallest size above 0, NaN where there is none.
+
+    >>> find_smallest(torch.tensor([0.0, 2.0, 1.0]))
+    tensor(1.)
+    """
+    smallest = size.masked_fill(size == 0, torch.inf).amin() if size.numel() else size.new_tensor(torch.inf)
+    return torch.where(smallest.isinf(), torch.nan, smallest)
