@@ -166,7 +166,9 @@ def _lists(
         return None
     m = min(LONGEST, len(family))
     columns = np.array(family)
-    chosen = columns[largest_first(torch.from_numpy(counts.f1[possible][:, columns]), m).numpy()]
+    f1 = counts.f1[possible][:, columns]
+    f1 = np.where(f1 > 0, f1, -np.arange(len(family)))  # in order, as equal ones are: ties take time
+    chosen = columns[largest_first(torch.from_numpy(f1), m).numpy()]
     hits, size = np.take_along_axis(counts.both[possible], chosen, 1), counts.holds[chosen]
     order = np.argsort(-hits / np.maximum(size, 1), axis=1, kind="stable")
     chosen, hits, size = (np.take_along_axis(one, order, 1) for one in (chosen, hits, size))
