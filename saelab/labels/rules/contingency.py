@@ -388,7 +388,7 @@ def find_side_tokens(
     store: FeatureStore, is_train: Bool[np.ndarray, "n_tokens"], ranks: RankGrid = ALONE
 ) -> Integer[np.ndarray, "n"]:
     """The tokens that best predict some side of some feature in training documents, found by several processes."""
-    ids, numbers = np.unique(store.token_ids, return_inverse=True)
+    ids, numbers = number_rows(store.token_ids)
     holds = np.bincount(numbers[is_train], minlength=len(ids))
     found = np.zeros(len(ids), bool)
     numbers = numbers.astype(np.int32)

@@ -43,7 +43,7 @@ class PackedBits:
     def at(self, rows: Integer[np.ndarray, "n"], columns: Integer[np.ndarray, "m"]) -> Bool[np.ndarray, "n m"]:
         """Whether predicates hold at tokens, for chosen rows and columns."""
         masks = (128 >> (columns & 7)).astype(np.uint8)
-        return (self.bits[rows][:, columns >> 3] & masks) != 0
+        return (self.bits[rows[:, None], columns >> 3] & masks) != 0
 
 
 @dataclass(frozen=True, eq=False)
