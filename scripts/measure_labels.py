@@ -99,9 +99,10 @@ def find_known(store: sl.FeatureStore, truth: Any, is_train: np.ndarray) -> list
     found = []
     for start, stop in feature_blocks(store):
         firings = SideFirings.sort(store.columns(start, stop), is_train, FRACTIONS)
-        chosen, held = train_split.count(firings), held_split.count(firings)
+        sides = np.arange(len(firings))
+        chosen, held = (split.count(firings).of(sides) for split in (train_split, held_split))
         f1 = np.where(chosen.fires[:, :, None] >= 10, chosen.f1, 0).reshape(len(firings), -1)
-        held_f1 = held.f1.reshape(len(firings), -1)[np.arange(len(firings)), f1.argmax(1)]
+        held_f1 = held.f1.reshape(len(firings), -1)[sides, f1.argmax(1)]
         for side in np.flatnonzero((f1.max(1) > 0) & (held_f1 >= KNOWN_F1)).tolist():
             found.append(Known(start + side // 2, 1 - 2 * (side % 2), int(f1[side].argmax()) % truth.shape[1]))
     return found

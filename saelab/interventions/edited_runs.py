@@ -4,6 +4,7 @@
 """
 
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -17,9 +18,12 @@ from saelab.interventions.interventions import match_source
 from saelab.interventions.prompt_metrics import Texts
 from saelab.lm.hooks import FORWARD_TOKENS, capture, logits, replace_activations
 from saelab.lm.model_checks import Model
+from saelab.lm.resuming import LayersBelow, find_layers_below
 from saelab.sae.sae import SAE
 from saelab.stores.jobs import hidden
 
+LEAST_RUNS = 16
+"""Runs for which layers below the edit are computed once for each text: finding these layers takes a few forwards."""
 EditRuns: TypeAlias = Callable[[Tensor, Tensor], Tensor]
 """From activations (batch, n, d), a copy that may be changed, and the indices (batch,) of their runs to new ones."""
 ReadLogits: TypeAlias = Callable[[Tensor, Texts, Tensor], Tensor]
@@ -80,17 +84,26 @@ class EditedRuns:
             progress: title of a progress bar; None for no bar.
         """
         rows = torch.arange(len(self.texts)) if rows is None else rows
-        found = []
+        below, found = self._find_below(edits or {}, rows), []
         with tqdm(total=len(rows), unit="run", desc=progress, delay=2, disable=hidden(progress is not None)) as bar:
             for start in range(0, len(rows), self.batch_size):
                 runs = torch.arange(start, min(start + self.batch_size, len(rows)))
-                found.append(self._forward(edits or {}, rows[runs], runs, grad))
+                found.append(self._forward(edits or {}, rows[runs], runs, grad, below))
                 bar.update(len(runs))
         return torch.cat(found) if found else torch.zeros(0)
 
-    def _forward(self, edits: Mapping[str, EditRuns], rows: Tensor, runs: Tensor, grad: bool) -> Tensor:
+    def _find_below(self, edits: Mapping[str, EditRuns], rows: Tensor) -> "_Below | None":
+        """What is below an edit, where the same texts are run so often that it is worth keeping."""
+        if len(edits) != 1 or len(rows) < max(LEAST_RUNS, 2 * len(rows.unique())):
+            return None
+        layers = find_layers_below(self.model, next(iter(edits)))
+        return None if layers is None else _Below(self.model, layers, self.texts)
+
+    def _forward(
+        self, edits: Mapping[str, EditRuns], rows: Tensor, runs: Tensor, grad: bool, below: "_Below | None"
+    ) -> Tensor:
         bound = {name: _bind(edit, runs) for name, edit in edits.items()}
-        with replace_activations(self.model, bound):
+        with nullcontext() if below is None else below.known(rows), replace_activations(self.model, bound):
             found = logits(self.model, self.texts.ids[rows], grad=grad)
         with torch.set_grad_enabled(grad):
             return self.read(found, self.texts, rows).cpu()
@@ -109,6 +122,25 @@ class EditedRuns:
             x = capture(self.model, self.texts.ids[rows], [hook_point])[hook_point]
             parts.append(pick(x, rows).float().cpu())
         return torch.cat(parts)
+
+
+class _Below:
+    """Layers below an edit, and what comes out of them for the texts of the last chunk of runs."""
+
+    def __init__(self, model: Model, layers: LayersBelow, texts: Texts) -> None:
+        self.model, self.layers, self.texts = model, layers, texts
+        self.used, self.output = torch.empty(0, dtype=torch.long), torch.empty(0)
+
+    def known(self, rows: Int[Tensor, "batch"]) -> AbstractContextManager[None]:
+        """Context manager in which a forward pass of these texts begins above the layers."""
+        used, where = rows.unique(return_inverse=True)
+        if len(used) == len(rows):  # nothing is there twice
+            return nullcontext()
+        if not torch.equal(used, self.used):
+            # A text alone passes through other kernels than several together, and differs from them in the last bit.
+            ids = self.texts.ids[used if len(used) > 1 else used.repeat(2)]
+            self.used, self.output = used, self.layers.read(self.model, ids)
+        return self.layers.passed_over(self.output[where.to(self.output.device)])
 
 
 def _bind(edit: EditRuns, runs: Tensor) -> Callable[[Tensor], Tensor]:

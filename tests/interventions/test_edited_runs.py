@@ -7,6 +7,7 @@ import saelab as sl
 from saelab.interventions import edited_runs
 from saelab.interventions.edited_runs import EditedRuns, ReadActivations
 from saelab.interventions.prompt_metrics import make_prompt_metric, read_last, read_texts
+from saelab.lm.hook_points import hook_points_of
 
 HOOK = "blocks.1.hook_resid_post"
 PROMPTS = ["I see Ann", "No", "The old fox met the hen", "One"]
@@ -27,6 +28,29 @@ def test_each_run_is_its_text_under_its_own_edit(runs, tiny):
             torch.testing.assert_close(logits, sl.lm.logits(tiny, ids)[0, -1], rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(runs.run()[rows], runs.run({HOOK: lambda x, i: x}, rows), rtol=1e-5, atol=1e-5)
     assert runs.run(rows=torch.zeros(0, dtype=torch.long)).shape == (0,)
+
+
+def test_layers_below_an_edit_are_computed_once_for_each_text(runs, tiny, monkeypatch):
+    rows, scale = (
+        torch.tensor([2] * 12 + [0] * 9 + [2, 0, 1]),
+        torch.rand(24, generator=torch.Generator().manual_seed(0)),
+    )
+    edits = {HOOK: lambda x, i: x * scale[i, None, None]}
+    monkeypatch.setattr(edited_runs, "LEAST_RUNS", 25)
+    whole = runs.run(edits, rows)
+    monkeypatch.setattr(edited_runs, "LEAST_RUNS", 24)
+    runs.run(edits, rows)
+    computed = []
+    home = hook_points_of(tiny)
+    with home.plain.model.layers[0].self_attn.register_forward_hook(
+        lambda _module, _args, out: computed.append(len(out[0]))
+    ):
+        found = runs.run(edits, rows)
+    torch.testing.assert_close(found, whole, rtol=1e-5, atol=1e-5)
+    assert sum(computed) == {1: 24, 2: 8, 170: 3}[runs.batch_size]
+    with sl.splice(tiny, {"blocks.0.hook_resid_post": lambda x: -x}):  # of the user, below
+        other = runs.run(edits, rows)
+    assert not torch.allclose(other, whole, atol=1e-2)
 
 
 def test_gradients_flow_to_what_an_edit_uses(runs, tiny):

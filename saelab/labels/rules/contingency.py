@@ -1,7 +1,6 @@
 """Contingency counts of features and predicates, and tests of chosen rules on held-out documents.
 
-Counts come from sparse products for all tokens, from packed bits for chosen ones. Tokens that predict a single feature
-side become predicates, however rare they are.
+Tokens that predict a single feature side become predicates, however rare they are.
 """
 
 from collections import deque
@@ -18,21 +17,20 @@ from saelab.analysis.direct_logits import LogitLens
 from saelab.analysis.max_activating import count_ids
 from saelab.functional.indices import number_rows
 from saelab.functional.statistics import adjust, dispersion, tail, window_auroc
+from saelab.labels.rules.predicate_sums import ListCounts, PackedBits, PredicateSums
 from saelab.labels.rules.predicates import Predicates, one_of_each
 from saelab.labels.rules.token_view import TokenView
 from saelab.stores.feature_store import FeatureStore
-from saelab.stores.packing import as_csr
 from saelab.training.ranks import ALONE, RankGrid, Steps, run_together
 
 if TYPE_CHECKING:
-    from scipy.sparse import csc_matrix, csr_matrix
+    from scipy.sparse import csc_matrix
 
 T = TypeVar("T")
 U = TypeVar("U")
 BLOCK_ENTRIES = 4_000_000
 """Codes held at once, unless one feature alone has more."""
 BLOCK_FEATURES = 4096
-PACKED_ROWS = 4096
 N_BLOCKS = 64
 """Smallest number of blocks that are shifted independently when the null is measured."""
 PROMOTED_SHARE = 0.5
@@ -41,26 +39,6 @@ LEVELS = (0.0, 0.4, 0.7)
 """Shares of a side's largest |z| at which tokens are compared with it."""
 LEAST_F1 = 0.5
 """Smallest F1 with which a token becomes a predicate."""
-
-
-@dataclass(frozen=True, eq=False)
-class PackedBits:
-    """A boolean matrix packed to eight columns per byte, for fast reads of chosen rows and columns."""
-
-    bits: np.ndarray
-
-    @classmethod
-    def pack(cls, matrix: "csr_matrix") -> "PackedBits":
-        """The packed form of a sparse matrix, computed a block of rows at a time."""
-        bits = np.empty((matrix.shape[0], -(-matrix.shape[1] // 8)), np.uint8)
-        for a in range(0, len(bits), PACKED_ROWS):
-            bits[a : a + PACKED_ROWS] = np.packbits(matrix[a : a + PACKED_ROWS].astype(bool).toarray(), axis=1)
-        return cls(bits)
-
-    def at(self, rows: Integer[np.ndarray, "n"], columns: Integer[np.ndarray, "m"]) -> Bool[np.ndarray, "n m"]:
-        """Whether predicates hold at tokens, for chosen rows and columns."""
-        masks = (128 >> (columns & 7)).astype(np.uint8)
-        return (self.bits[rows][:, columns >> 3] & masks) != 0
 
 
 def feature_blocks(store: FeatureStore) -> Iterator[tuple[int, int]]:
@@ -152,10 +130,10 @@ class Counts:
 
 @dataclass(frozen=True, eq=False)
 class SideCounts:
-    """The counts of a block of features, which are held sparse: those of a few sides at a time are made dense."""
+    """The counts of a block of features, of which those of a few sides at a time are made dense."""
 
-    hits: "csr_matrix"
-    """(n_sides * n_levels, n_predicates) tokens on which both are, by the level that the code reaches, highest first"""
+    hits: ListCounts
+    """n_sides * n_levels lists of tokens, by the level that the code reaches, highest first"""
     fires: Int[np.ndarray, "n_sides n_levels"]
     holds: Int[np.ndarray, "n_predicates"]
     n_tokens: int
@@ -164,7 +142,7 @@ class SideCounts:
         """The counts of some sides."""
         n_levels = self.fires.shape[1]
         rows = (sides[:, None] * n_levels + np.arange(n_levels)).ravel()
-        both = _from_above(self.hits[rows].toarray().reshape(len(sides), n_levels, -1))
+        both = _from_above(self.hits.of(rows).reshape(len(sides), n_levels, -1))
         return Counts(both, self.fires[sides], self.holds, self.n_tokens)
 
 
@@ -174,14 +152,14 @@ class SplitCounts:
     def __init__(self, predicates: Predicates, chosen: Bool[np.ndarray, "n_tokens"]) -> None:
         self.chosen, self.rows = chosen, np.flatnonzero(chosen).astype(np.int32)
         self.places = np.where(chosen, np.cumsum(chosen, dtype=np.int32) - np.int32(1), np.int32(-1))
-        self.matrix = predicates.matrix[self.rows].astype(np.int32)
+        self.matrix = predicates.matrix[self.rows]
         self.holds = np.asarray(self.matrix.sum(0)).ravel().astype(np.int64)
 
     @classmethod
     def prepare(cls, predicates: Predicates, chosen: Bool[np.ndarray, "n_tokens"]) -> "SplitCounts":
         """The counts with everything that is otherwise computed on first use."""
         found = cls(predicates, chosen)
-        found.bits, found.pairs  # noqa: B018
+        found.bits, found.sums.pairs  # noqa: B018
         return found
 
     @property
@@ -189,10 +167,15 @@ class SplitCounts:
         """Number of tokens in this part of the split."""
         return len(self.rows)
 
-    @cached_property
+    @property
     def pairs(self) -> Int[np.ndarray, "n_predicates n_predicates"]:
         """Number of tokens on which each two predicates hold together."""
-        return (self._by_predicate.T @ self.matrix).toarray().astype(np.int64)
+        return self.sums.pairs
+
+    @cached_property
+    def sums(self) -> PredicateSums:
+        """The predicates, arranged to be counted over lists of tokens."""
+        return PredicateSums(self.matrix, self.holds)
 
     @cached_property
     def bits(self) -> PackedBits:
@@ -223,16 +206,13 @@ class SplitCounts:
         return found
 
     def count(self, sides: SideFirings) -> "SideCounts":
-        """The contingency counts of a block of features, by one sparse product that counts each code at the level it
-        reaches.
-        """
+        """The contingency counts of a block of features, each code counted at the level it reaches."""
         places = self.places[sides.rows]
         here = places >= 0
         ends = sides.ends[:, ::-1].ravel()
         offsets = np.concatenate([[0], np.cumsum(here)])[np.concatenate([[0], ends])].astype(np.int32)
-        codes = as_csr(np.ones(offsets[-1], np.int32), places[here], offsets, (len(ends), self.n_tokens))
         fires = _from_above(np.diff(offsets).reshape(sides.ends.shape))
-        return SideCounts(codes @ self.matrix, fires, self.holds, self.n_tokens)
+        return SideCounts(self.sums.over(places[here], offsets), fires, self.holds, self.n_tokens)
 
 
 def _from_above(counts: np.ndarray) -> np.ndarray:
@@ -408,7 +388,7 @@ def find_side_tokens(
     store: FeatureStore, is_train: Bool[np.ndarray, "n_tokens"], ranks: RankGrid = ALONE
 ) -> Integer[np.ndarray, "n"]:
     """The tokens that best predict some side of some feature in training documents, found by several processes."""
-    ids, numbers = np.unique(store.token_ids, return_inverse=True)
+    ids, numbers = number_rows(store.token_ids)
     holds = np.bincount(numbers[is_train], minlength=len(ids))
     found = np.zeros(len(ids), bool)
     numbers = numbers.astype(np.int32)

@@ -9,11 +9,13 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from jaxtyping import Bool, Int
 
+from saelab.functional.indices import number_rows
 from saelab.labels.rules.token_view import CLOSING, CURLY, ENDS, OPENING, TokenView, ViewPart
 from saelab.lm.token_labels import LabelsLike, TokenLabels
 from saelab.stores.feature_store import FeatureStore
@@ -177,7 +179,8 @@ def _bigrams(view: TokenView) -> tuple[np.ndarray, Callable[[int], str]]:
 
 
 def _most_frequent(keys: np.ndarray, spell: Callable[[int], str], n: int) -> tuple[list[str], np.ndarray]:
-    found, where, counts = np.unique(keys, return_inverse=True, return_counts=True)
+    found, where = number_rows(keys)
+    counts = np.bincount(where, minlength=len(found))
     counts[found < 0] = 0
     chosen = np.argsort(-counts, kind="stable")[: min(n, int((counts > 0).sum()))]
     numbers = np.full(len(found), -1)
@@ -187,14 +190,13 @@ def _most_frequent(keys: np.ndarray, spell: Callable[[int], str], n: int) -> tup
     return named, numbers[where]
 
 
-def affixes(view: TokenView, kind: str, n: int, part: ViewPart = "all") -> Iterator[tuple[str, str, TokenMarks]]:
-    """Kind, name and tokens of the `n` most frequent suffixes, prefixes or stems that several words share.
+def affixes(view: TokenView, kind: str, n: int) -> tuple[list[str], list[list[int]]]:
+    """Names of the `n` most frequent suffixes, prefixes or stems that several words share, and the words of each.
 
     Args:
         view: tokens of the text.
         kind: "suffix", "prefix" or "stem".
         n: largest number of predicates.
-        part: which tokens of a split word a predicate marks.
     """
     uses = np.bincount(view.word_ids[view.ends_word], minlength=len(view.words))
     counts: Counter[str] = Counter()
@@ -204,12 +206,8 @@ def affixes(view: TokenView, kind: str, n: int, part: ViewPart = "all") -> Itera
             counts[piece] += int(uses[i])
             members[piece].add(i)
     shared = [piece for piece, _ in counts.most_common() if len({view.words[i].lower() for i in members[piece]}) > 1]
-    names = {"suffix": "words ending in {!r}", "prefix": "words beginning with {!r}", "stem": "words of the stem {!r}"}
-    marked = view.part(part)
-    for piece in shared[:n]:
-        table = np.zeros(len(view.words) + 1, bool)
-        table[list(members[piece])] = True
-        yield kind, names[kind].format(piece), table[view.word_ids] & marked
+    spell = {"suffix": "words ending in {!r}", "prefix": "words beginning with {!r}", "stem": "words of the stem {!r}"}
+    return [spell[kind].format(piece) for piece in shared[:n]], [sorted(members[piece]) for piece in shared[:n]]
 
 
 def pieces(word: str, kind: str) -> list[str]:
@@ -337,8 +335,7 @@ def make_predicates(
         if kind in DISJOINT:
             parts.add_family(kind, *one_of_each(view, kind, n))
         else:
-            for found in affixes(view, kind, n):
-                parts.add(*found)
+            parts.add_words(kind, *affixes(view, kind, n), view)
     if metadata is not None:
         values = [metadata.get(int(doc), "") for doc in np.unique(view.doc_ids)]
         listed = sorted(set(values) - {""})
@@ -375,6 +372,8 @@ class _Parts:
         self.row_of[self.places] = np.arange(self.n_tokens, dtype=np.int32)
         self.rows: list[np.ndarray] = []
         self.columns: list[np.ndarray] = []
+        self.counts: list[np.ndarray] = []
+        """tokens of each condition, by part"""
         self.names: list[str] = []
         self.kinds: list[str] = []
 
@@ -390,6 +389,17 @@ class _Parts:
         rows = np.flatnonzero(here >= 0)
         self._append(kind, names, rows.astype(np.int32), here[rows].astype(np.int32))
 
+    def add_words(self, kind: str, names: Sequence[str], members: Sequence[Sequence[int]], view: TokenView) -> None:
+        """Add conditions that hold on all tokens of some words, given by their indices in the words of the text."""
+        columns = np.repeat(np.arange(len(names)), [len(words) for words in members])
+        words = np.array([word for listed in members for word in listed], np.int64)
+        uses = np.bincount(words, minlength=len(view.words) + 1)  # the last place is for tokens outside of words
+        starts, here = np.cumsum(uses) - uses, view.word_ids[self.places]
+        n = uses[here]
+        entries = np.arange(n.sum()) + np.repeat(starts[here] - (np.cumsum(n) - n), n)
+        rows = np.repeat(np.arange(self.n_tokens, dtype=np.int32), n)
+        self._append(kind, names, rows, columns[np.argsort(words, kind="stable")][entries].astype(np.int32))
+
     def add_labels(self, kind: str, labels: TokenLabels) -> None:
         """Add labels that exist already."""
         if labels.n_tokens != self.n_tokens:
@@ -399,7 +409,8 @@ class _Parts:
 
     def _append(self, kind: str, names: Sequence[str], rows: np.ndarray, columns: np.ndarray) -> None:
         self.rows.append(rows)
-        self.columns.append(columns + np.int32(len(self.names)))
+        self.columns.append(columns)
+        self.counts.append(np.bincount(columns, minlength=len(names)))
         self.names += list(names)
         self.kinds += [kind] * len(names)
 
@@ -407,16 +418,20 @@ class _Parts:
         """All conditions that hold on some but not all tokens, each name once."""
         from scipy.sparse import csr_matrix
 
-        rows, columns = np.concatenate(self.rows), np.concatenate(self.columns)
-        counts = np.bincount(columns, minlength=len(self.names))
+        counts = np.concatenate(self.counts)
         first = {name: j for j, name in reversed(list(enumerate(self.names)))}
         kept = [j for j, name in enumerate(self.names) if first[name] == j and 0 < counts[j] < self.n_tokens]
         numbers = np.full(len(self.names), -1, np.int32)
         numbers[kept] = np.arange(len(kept), dtype=np.int32)
         why = {name: self._tell(int(counts[j])) for j, name in enumerate(self.names) if numbers[first[name]] < 0}
         why |= {name: "another has its name" for j, name in enumerate(self.names) if first[name] != j}
-        inside = numbers[columns] >= 0
-        rows, columns = rows[inside], numbers[columns[inside]]
+        starts = np.cumsum([0, *map(len, self.counts)])
+        for i, (start, stop) in enumerate(pairwise(starts.tolist())):
+            self.columns[i] = numbers[start:stop][self.columns[i]]
+            if (numbers[start:stop] < 0).any():
+                inside = self.columns[i] >= 0
+                self.rows[i], self.columns[i] = self.rows[i][inside], self.columns[i][inside]
+        rows, columns = np.concatenate(self.rows), np.concatenate(self.columns)
         shape = (self.n_tokens, len(kept))
         matrix = csr_matrix((np.ones(len(rows), bool), (rows, columns)), shape=shape)
         return Predicates(matrix, tuple(self.names[j] for j in kept), tuple(self.kinds[j] for j in kept), why)

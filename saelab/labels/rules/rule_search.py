@@ -166,7 +166,9 @@ def _lists(
         return None
     m = min(LONGEST, len(family))
     columns = np.array(family)
-    chosen = columns[largest_first(torch.from_numpy(counts.f1[possible][:, columns]), m).numpy()]
+    f1 = counts.f1[possible][:, columns]
+    f1 = np.where(f1 > 0, f1, -np.arange(len(family)))  # in order, as equal ones are: ties take time
+    chosen = columns[largest_first(torch.from_numpy(f1), m).numpy()]
     hits, size = np.take_along_axis(counts.both[possible], chosen, 1), counts.holds[chosen]
     order = np.argsort(-hits / np.maximum(size, 1), axis=1, kind="stable")
     chosen, hits, size = (np.take_along_axis(one, order, 1) for one in (chosen, hits, size))
@@ -427,11 +429,13 @@ class _Work:
         """Choose and test the rules of a block; sides that never fire are left out."""
         numbers = (2 * wanted[:, None] + np.arange(2)).ravel()
         rules = choose_rules(counts, sides, self.train, self.predicates, self.min_count, self.seed, numbers)
-        for side, rule in enumerate(rules):
-            if len(sides.of(side, 0)):
-                yield self._draft(int(wanted[side // 2]), 1 - 2 * (side % 2), side, sides, rule)
+        for side, (rule, in_training) in enumerate(zip(rules, counts.fires[:, 0].tolist(), strict=True)):
+            if n := len(sides.of(side, 0)):
+                yield self._draft(int(wanted[side // 2]), 1 - 2 * (side % 2), side, sides, rule, n - in_training)
 
-    def _draft(self, feature: int, sign: int, side: int, sides: SideFirings, rule: Rule | None) -> _Draft:
+    def _draft(
+        self, feature: int, sign: int, side: int, sides: SideFirings, rule: Rule | None, n_firings: int
+    ) -> _Draft:
         fires, number = self.held.here(sides.of(side, rule.level if rule else 0)), 2 * feature + (sign < 0)
         verdicts: list[Verdict] = []
         disjoint, words = False, list[str]()
@@ -443,7 +447,6 @@ class _Work:
             words, ids = self.next.promoted(feature, sign)
             if len(ids) and len(fires):
                 verdicts.append(self.judge.test(*self.next.follow(ids), fires, number))
-        n_firings = int(np.count_nonzero(~self.is_train[sides.of(side, 0)]))
         return _Draft(feature, sign, float(sides.peaks[side]), n_firings, rule, tuple(verdicts), tuple(words), disjoint)
 
     def _disjoint(self, rule: Rule, fires: np.ndarray) -> bool:

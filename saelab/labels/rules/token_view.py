@@ -10,6 +10,7 @@ from typing import Any, Literal, NamedTuple, get_args
 import numpy as np
 from jaxtyping import Bool, Int, Integer, Shaped
 
+from saelab.functional.indices import number_rows
 from saelab.stores.corpus import StoredText
 
 ViewPart = Literal["all", "first", "last"]
@@ -219,7 +220,9 @@ class TokenView:
     def seen(self, values: Integer[np.ndarray, "n"]) -> Bool[np.ndarray, "n"]:
         """Whether the same value, 0 or more, occurs earlier in the document."""
         keys = (self.doc_ids - self.doc_ids.min()) * (int(values.max()) + 2) + values + 1
-        _, first = np.unique(keys, return_index=True)
+        found, numbers = number_rows(keys)
+        first = np.empty(len(found), np.int64)
+        first[numbers[::-1]] = np.arange(len(keys))[::-1]  # the last that is written remains
         again = np.ones(len(self), bool)
         again[first] = False
         return again & (values >= 0)

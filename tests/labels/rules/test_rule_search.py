@@ -13,7 +13,8 @@ from saelab.analysis.direct_logits import LogitLens, Promoted
 from saelab.functional.statistics import adjust, tail
 from saelab.labels.autointerp.token_prediction import token_baseline
 from saelab.labels.label import describe_scores
-from saelab.labels.rules.contingency import Judge, PackedBits, SideFirings, SplitCounts
+from saelab.labels.rules.contingency import Judge, SideFirings, SplitCounts
+from saelab.labels.rules.predicate_sums import PackedBits
 from saelab.labels.rules.predicates import Predicate, make_predicates, text_pattern, word_pattern
 from saelab.labels.rules.rule_labels import NO_RULE, score_groups
 from saelab.labels.rules.rule_search import FRACTIONS, label_by_rules
