@@ -34,10 +34,12 @@ def make_adam(module: nn.Module, lr: float, cfg: TrainConfig) -> torch.optim.Ada
 
     With `optim_bits=16` the moments of matrices are stored in 16 bits (`short_floats`), those of vectors as before. A
     step computes both moments in float32 and updates the weight from these; then they are rounded up or down, at
-    random, with the exact value as their mean. One rounding changes the mean of gradients m by less than 2^-8 of it,
-    the mean of squares v by less than 2^-9. The errors of a running mean of decay beta add up to a standard deviation
-    of at most half of that over (1 - beta^2)^1/2: for the default betas 0.45 % of m (of its largest size in the last
-    steps) and 2.2 % of v, which is 1.1 % of an update. Gradients of more than 2^24 count as 2^24.
+    random, with the exact value as their mean. One rounding changes the mean of gradients m by less than r = 2^-8 of
+    it, the mean of squares v by less than r = 2^-9. Over the steps s errors of a running mean x of decay beta add up to
+    a standard deviation of at most `r/2 (sum_s (beta^(t-s) x_s)^2)^1/2`. Where gradients go on as they were that is
+    `r/2 / (1 - beta^2)^1/2` of x: for the default betas .45 % of m and 2.2 % of v, which is 1.1 % of an update. Where n
+    steps bring none, v decays and its error grows to `r/2 n^1/2` of it (10 % after 10,000 steps), until gradients come
+    again. Gradients of more than 2^24 count as 2^24.
     """
     trained = [_in_memory_order(p) for p in module.parameters() if p.requires_grad]
     fused = trained[0].device.type in ("cpu", "cuda")
