@@ -51,7 +51,7 @@ def encode_positive(x: Float[Tensor, "*shape"], random: Int[Tensor, "*shape"]) -
 
     >>> x = torch.tensor([0.0, 1.0, 1e-9])
     >>> decode_positive(encode_positive(x, hash_places(0, range(1), 3)[0])) / x
-    tensor([   nan, 1.0000, 0.9989])
+    tensor([   nan, 1.0000, 0.9986])
     """
     bits = (x / SQUARE_SCALE).view(torch.int32).long()
     return _as_int16((bits + (random >> 32 - SQUARE_BITS)) >> SQUARE_BITS)

@@ -113,7 +113,7 @@ class TrainingSAE:
                 )
             self.state["axes"] = torch.zeros_like(sae.W_dec)
         self.steered = activation.penalty_target is not None
-        self.memory = {"W_enc": GradientMemory(), "W_dec": GradientMemory(sae.cfg.dictionary == "unit")}
+        self.memory = {"W_enc": GradientMemory(), "W_dec": GradientMemory(projected=sae.cfg.dictionary == "unit")}
 
     @property
     def module(self) -> SAEModule:
@@ -379,17 +379,16 @@ class TrainingSAE:
 
     def differentiate(self, loss: Float[Tensor, ""]) -> SparseGradients:
         """Differentiate a loss: gradients are in `.grad` but for those returned, of wide weights of one process."""
-        sae = self.sae
-        free = (
-            self.ranks.alone and sae.archetypes is None
-        )  # else W_dec is no parameter, or the processes' gradients add
-        return differentiate(loss, {getattr(sae, name): m for name, m in self.memory.items()} if free else {})
+        # of several processes gradients are averaged, and those of an archetypal dictionary go on to its points
+        free = self.ranks.alone and self.sae.archetypes is None
+        weights = dict(self.sae.named_parameters()) if free else {}
+        return differentiate(loss, {weights[name]: m for name, m in self.memory.items() if name in weights})
 
     def recycle_gradients(self) -> None:
         """Clear the gradients, keeping the memory of the two large ones for reuse in the next step."""
-        for name, memory in self.memory.items():
-            if (grad := getattr(self.sae, name).grad) is not None:
-                memory.spare = grad.T if name == "W_enc" else grad
+        for name, parameter in self.sae.named_parameters():
+            if name in self.memory and parameter.grad is not None:
+                self.memory[name].spare = parameter.grad.T if name == "W_enc" else parameter.grad
         self.sae.zero_grad(set_to_none=True)
 
     def _prefixes(self) -> list[int]:
