@@ -51,7 +51,9 @@ def make_moments(weight: nn.Parameter, optimizer: torch.optim.Optimizer) -> None
     """Give a weight of the optimizer the state of no step: both moments are 0."""
     dtype = torch.int16 if _is_short(weight, optimizer) else weight.dtype
     moments = {name: torch.zeros_like(weight.detach(), dtype=dtype) for name in ("exp_avg", "exp_avg_sq")}
-    optimizer.state[weight] = {"step": torch.zeros((), device=weight.device if weight.is_cuda else "cpu"), **moments}
+    # where PyTorch's fused Adam reads it; steps of our own read it on the CPU
+    device = weight.device if weight.is_cuda and dtype != torch.int16 else "cpu"
+    optimizer.state[weight] = {"step": torch.zeros((), device=device), **moments}
 
 
 def _is_short(weight: Tensor, optimizer: torch.optim.Optimizer) -> bool:
