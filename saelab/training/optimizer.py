@@ -158,6 +158,7 @@ def differentiate(loss: Tensor, memories: Mapping[nn.Parameter, GradientMemory])
             continue
         if parameter.grad is None:
             kept[parameter] = gradient
+            memories[parameter].spare = None  # of a step whose gradient was stored
         else:
             made = replace(gradient, normals=None).to_dense()
             parameter.grad += made if parameter.is_contiguous() else made.T

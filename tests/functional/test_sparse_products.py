@@ -97,7 +97,9 @@ def test_clipping_counts_and_scales_what_is_kept(limit, many):
         sae = sl.SAE(sl.SAEConfig(d_in=D_IN, d_sae=D_SAE, activation=sl.TopK(k=4)), seed=0)
         trainee = TrainingSAE(sae, TrainConfig(n_tokens=4096))
         loss = trainee.objective(draw(N, D_IN)).total
+        trainee.memory["W_dec"].spare = torch.empty(D_SAE, D_IN)
         sparse = trainee.differentiate(loss) if kept else loss.backward() or {}
+        assert trainee.memory["W_dec"].spare is None  # it was written into, or is not needed
         trainee.constrain_gradients()
         assert set(sparse) == ({sae.W_enc, sae.W_dec} if kept else set())
         assert all((p.grad is None) == (p in sparse) for p in sae.parameters())
