@@ -52,8 +52,8 @@ class Library:
         return find_spec(self.module) is not None
 
 
-def saelab(activation: str, sizes: Sizes) -> Subject:
-    """saelab: one step of its training loop, the finiteness check on the batch included.
+def saelab(activation: str, sizes: Sizes, **options: Any) -> Subject:
+    """saelab: one step of its training loop, the finiteness check on the batch included; options are of `TrainConfig`.
 
     Activations with a sparsity penalty start with most latents active and reach their target L0 in the course of a run;
     here they are at it from the first step, as they are in most of a run, with codes of the size that reconstructs best
@@ -74,7 +74,7 @@ def saelab(activation: str, sizes: Sizes) -> Subject:
     chosen = make_activation("batchtopk" if matryoshka else name, **settings)
     prefixes = sizes.prefixes if matryoshka else None
     sae = SAE(SAEConfig(d_in=sizes.d_in, d_sae=sizes.d_sae, activation=chosen, prefixes=prefixes))
-    cfg = TrainConfig(n_tokens=N_STEPS * sizes.n, batch_size=sizes.n)
+    cfg = TrainConfig(n_tokens=N_STEPS * sizes.n, batch_size=sizes.n, **options)
     trainee = TrainingSAE(sae, cfg)
     run: TrainingRun | None = None
 

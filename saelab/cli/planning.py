@@ -39,6 +39,7 @@ def plan_run(
     k: Annotated[int, Option(help="Latents kept per token.")] = options.TOPK.k,
     prefixes: options.Prefixes = None,
     batch_size: int | None = None,
+    optim_bits: int = options.TRAINING.optim_bits,
     mesh: Annotated[
         str | None,
         Option(
@@ -86,7 +87,7 @@ def plan_run(
         d_in=width, d_sae=d_sae, activation=read_activation(activation, k), prefixes=read_prefixes(prefixes)
     )
     size = default_batch_size(int(n_tokens)) if batch_size is None else batch_size
-    run = TrainConfig(n_tokens=int(n_tokens), batch_size=size)
+    run = TrainConfig(n_tokens=int(n_tokens), batch_size=size, optim_bits=optim_bits)
     n_data, n_latents = read_mesh(mesh) or (1, 1)
     # refuses what cannot be planned before anything is measured
     plan = plan_training(cfg, run, n_data, n_latents, dtype=getattr(torch, dtype))

@@ -66,6 +66,7 @@ def train_sae(
     n_tokens: int = options.TRAINING.n_tokens,
     batch_size: int | None = None,
     lr: float | None = options.TRAINING.lr,
+    optim_bits: int = options.TRAINING.optim_bits,
     seed: Annotated[int, Option(help="Seed of the initial weights and the order of the data.")] = options.TRAINING.seed,
     save_every_tokens: int | None = options.TRAINING.save_every_tokens,
     hook_point: Annotated[
@@ -131,7 +132,14 @@ def train_sae(
         skip=skip,
     )
     size = default_batch_size(n_tokens) if batch_size is None else batch_size
-    budget = TrainConfig(n_tokens=n_tokens, batch_size=size, lr=lr, seed=seed, save_every_tokens=save_every_tokens)
+    budget = TrainConfig(
+        n_tokens=n_tokens,
+        batch_size=size,
+        lr=lr,
+        optim_bits=optim_bits,
+        seed=seed,
+        save_every_tokens=save_every_tokens,
+    )
     data = rows if targets is None else (rows, targets)
     with launched(shape, kind) as (ranks, place), ExitStack() as stack:
 

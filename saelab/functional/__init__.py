@@ -36,6 +36,11 @@ if TYPE_CHECKING:
     from saelab.functional.pursuit import pursue as pursue, pursue_least_squares as pursue_least_squares
     from saelab.functional.rescoring import bound_rounding as bound_rounding, score as score
     from saelab.functional.screening import Precision as Precision
+    from saelab.functional.sparse_products import (
+        GradientMemory as GradientMemory,
+        SparseGradient as SparseGradient,
+        select_rows as select_rows,
+    )
     from saelab.functional.statistics import ProbeScore as ProbeScore
     from saelab.functional.threshold_search import search_above as search_above
     from saelab.functional.topk import (

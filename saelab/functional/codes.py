@@ -16,7 +16,13 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from saelab.functional.compiled import use_numba
-from saelab.functional.sparse_products import Entries as Entries, Spare, gather_sum, sampled_dot, weight_gradient
+from saelab.functional.sparse_products import (
+    Entries as Entries,
+    GradientMemory,
+    gather_sum,
+    sampled_dot,
+    weight_gradient,
+)
 from saelab.functional.triton_choice import add_residuals, subtract_parts
 
 
@@ -60,7 +66,7 @@ class _NestedDecode(torch.autograd.Function):
         b_dec: Tensor,
         entries: Entries,
         n_groups: int,
-        spare: Spare,
+        memory: GradientMemory | None,
         centered: Tensor | None,
         add: Callable[[Tensor], None] | None,
     ) -> tuple[Tensor, Tensor]:
@@ -77,7 +83,7 @@ class _NestedDecode(torch.autograd.Function):
             errors = subtract_parts(target, residuals, residuals)
         ctx.save_for_backward(values, W_dec, residuals)
         ctx.entries = entries
-        ctx.spare = spare
+        ctx.memory = memory
         last = residuals[-1]
         ctx.mark_non_differentiable(last)
         return errors, last
@@ -95,17 +101,22 @@ class _NestedDecode(torch.autograd.Function):
             grad_parts = add_residuals(each, grad)
         flat = grad_parts.view(-1, W_dec.shape[1])
         grad_values = grad_W = None
-        if ctx.needs_input_grad[0] and ctx.needs_input_grad[1] and use_numba(W_dec, flat):
+        memory: GradientMemory | None = ctx.memory
+        kept = memory.keep(entries, values, flat, W_dec) if memory and ctx.needs_input_grad[1] else None
+        if kept and ctx.needs_input_grad[0] and entries.order is not None:
+            grad_values = kept.sampled_dot(W_dec, entries.order)
+        elif ctx.needs_input_grad[0] and ctx.needs_input_grad[1] and use_numba(W_dec, flat):
             from saelab.functional import numba_kernels
 
             assert entries.columns is not None
-            grad_W = ctx.spare.pop() if ctx.spare else torch.empty_like(W_dec)
+            spare = memory.pop() if memory else None
+            grad_W = torch.empty_like(W_dec) if spare is None else spare
             grad_values = numba_kernels.decode_gradients(entries.rows, entries.columns, values, flat, W_dec, grad_W)
         else:
             if ctx.needs_input_grad[0]:
                 grad_values = sampled_dot(entries.rows, entries.indices, flat, W_dec, entries.order)
-            if ctx.needs_input_grad[1]:
-                grad_W = weight_gradient(entries, values, flat, len(W_dec), ctx.spare)
+            if ctx.needs_input_grad[1] and not kept:
+                grad_W = weight_gradient(entries, values, flat, len(W_dec), memory)
         grad_x = -grad_parts[0] if ctx.needs_input_grad[2] else None
         grad_b = grad_parts[0].sum(0)
         if scale is not None:
@@ -115,7 +126,17 @@ class _NestedDecode(torch.autograd.Function):
 
 
 _nested_decode: Callable[
-    [Tensor, Tensor, Tensor, Tensor, Entries, int, Spare, Tensor | None, Callable[[Tensor], None] | None],
+    [
+        Tensor,
+        Tensor,
+        Tensor,
+        Tensor,
+        Entries,
+        int,
+        GradientMemory | None,
+        Tensor | None,
+        Callable[[Tensor], None] | None,
+    ],
     tuple[Tensor, Tensor],
 ] = _NestedDecode.apply
 
@@ -132,14 +153,14 @@ class _Encode(torch.autograd.Function):
         b_dec: Tensor | None,
         values: Tensor,
         entries: Entries,
-        spare: Spare,
+        memory: GradientMemory | None,
         centered: Tensor | None,
     ) -> Tensor:
         if centered is None:
             centered = x if b_dec is None else x - b_dec
         ctx.save_for_backward(centered, W_enc)
         ctx.entries = entries
-        ctx.spare = spare
+        ctx.memory = memory
         return values.clone()
 
     @staticmethod
@@ -151,16 +172,18 @@ class _Encode(torch.autograd.Function):
             grad_b = weight_gradient(entries, grad, centered.new_ones(len(centered), 1), W_enc.shape[1])[:, 0]
         else:
             grad_b = torch.zeros_like(W_enc[0]).index_add_(0, entries.indices, grad)
-        grad_W = weight_gradient(entries, grad, centered, W_enc.shape[1], ctx.spare).T
+        memory: GradientMemory | None = ctx.memory
+        kept = memory.keep(entries, grad, centered, W_enc.T) if memory and ctx.needs_input_grad[1] else None
+        grad_W = None if kept else weight_gradient(entries, grad, centered, W_enc.shape[1], memory).T
         grad_x = gather_sum(entries.indices, grad, entries.offsets, W_enc.T) if ctx.needs_input_grad[0] else None
         # every token shares b_dec, so its gradient is one matrix-vector product
         grad_b_dec = -(W_enc @ grad_b) if ctx.needs_input_grad[3] else None
         return grad_x, grad_W, grad_b, grad_b_dec, None, None, None, None
 
 
-_encode: Callable[[Tensor, Tensor, Tensor, Tensor | None, Tensor, Entries, Spare, Tensor | None], Tensor] = (
-    _Encode.apply
-)
+_encode: Callable[
+    [Tensor, Tensor, Tensor, Tensor | None, Tensor, Entries, GradientMemory | None, Tensor | None], Tensor
+] = _Encode.apply
 
 
 def sparse_decode(
@@ -193,7 +216,7 @@ def nested_decode_error(
     b_dec: Float[Tensor, "d_in"],
     entries: Entries,
     n_groups: int = 1,
-    spare: Spare | None = None,
+    memory: GradientMemory | None = None,
     centered: Float[Tensor, "n_rows d_in"] | None = None,
     add: Callable[[Tensor], None] | None = None,
 ) -> tuple[Float[Tensor, "n_groups"], Float[Tensor, "n_rows d_in"]]:
@@ -210,7 +233,7 @@ def nested_decode_error(
         entries: positions of the codes in n_groups stacked batches: row `g * n_rows + r` holds the codes of group g
             of the latents for token r.
         n_groups: number of groups of latents, one more joining in each prefix.
-        spare: list that may hold memory for the gradient of W_dec; see `weight_gradient`.
+        memory: takes the gradient of W_dec, or gives the memory for it.
         centered: x - b_dec, if known.
         add: called with the decoded parts (n_groups, n_rows, d_in) to add, in place, what other processes decoded of
             their latents; its gradient is taken as 1. None is for no others.
@@ -219,7 +242,7 @@ def nested_decode_error(
     >>> nested_decode_error(torch.ones(1), torch.eye(2), torch.ones(1, 2), torch.zeros(2), entries)
     (tensor([1.]), tensor([[1., 0.]]))
     """
-    return _nested_decode(values, W_dec, x, b_dec, entries, n_groups, spare or [], centered, add)
+    return _nested_decode(values, W_dec, x, b_dec, entries, n_groups, memory, centered, add)
 
 
 def attach_encoder(
@@ -229,7 +252,7 @@ def attach_encoder(
     b_enc: Float[Tensor, "d_sae"],
     b_dec: Float[Tensor, "d_in"] | None,
     entries: Entries,
-    spare: Spare | None = None,
+    memory: GradientMemory | None = None,
     centered: Float[Tensor, "n_rows d_in"] | None = None,
 ) -> Float[Tensor, "nnz"]:
     """The same pre-activations with gradients to the encoder, as if the dense product had been differentiated.
@@ -243,10 +266,10 @@ def attach_encoder(
         b_enc: encoder bias.
         b_dec: bias that was subtracted from x; None where nothing was.
         entries: positions of the values.
-        spare: list that may hold memory for the gradient of W_enc transposed; see `weight_gradient`.
+        memory: takes the gradient of W_enc transposed, or gives the memory for it.
         centered: x - b_dec, if known.
     """
-    return _encode(x, W_enc, b_enc, b_dec, values, entries, spare or [], centered)
+    return _encode(x, W_enc, b_enc, b_dec, values, entries, memory, centered)
 
 
 @dataclass(frozen=True, eq=False)

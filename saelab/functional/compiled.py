@@ -34,9 +34,12 @@ def use_numba(weights: Tensor, *others: Tensor) -> bool:
     >>> use_numba(torch.ones(2, 2))
     False
     """
-    if weights.numel() < LEAST_WEIGHTS or os.environ.get("SAELAB_NUMBA") == "0":
-        return False
-    return all(_is_plain(tensor) for tensor in (weights, *others)) and has_numba()
+    return all(_is_plain(tensor) for tensor in (weights, *others)) and takes_numba(weights.numel())
+
+
+def takes_numba(n_weights: int) -> bool:
+    """Whether Numba's kernels take float32 weights of so many entries, where these are on the CPU."""
+    return n_weights >= LEAST_WEIGHTS and os.environ.get("SAELAB_NUMBA") != "0" and has_numba()
 
 
 def _is_plain(tensor: Tensor) -> bool:

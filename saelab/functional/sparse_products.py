@@ -3,15 +3,19 @@
 gather_sum       out[r] = sum over entries e of row r:  values[e] * table[indices[e]]            (sparse x dense)
 sampled_dot      out[e] = < left[rows[e]], table[indices[e]]>                     (dense x dense, at the entries)
 weight_gradient  out[j] = sum over entries e of column j:  values[e] * left[rows[e]]   (sparse transposed x dense)
+
+The third one's result is as large as a weight. A `SparseGradient` stands for it without being computed.
 """
 
 import functools
 import warnings
-from typing import NamedTuple
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import embedding_bag
 
 from saelab.functional.compiled import has_numba, use_numba
@@ -19,9 +23,8 @@ from saelab.functional.triton_choice import use_triton
 
 ALIGNMENT = 64  # bytes; of a vector register, and of what PyTorch allocates
 LEAST_SORTED = 2**16  # entries from which on a compiled sort is worth loading numba for
+MOST_PRODUCTS = 3  # for each latent: with more it takes longer to compute a gradient twice than to store it
 GATHERED = 2**15  # entries whose rows are in memory at a time, where they have to be gathered
-Spare = list[Tensor]
-"""Memory for one weight gradient (d_sae, d_in), taken out when it is used: allocating costs more than the product."""
 
 
 def gather_sum(
@@ -174,12 +177,187 @@ class Entries(NamedTuple):
         return self.columns[0] if self.columns else None
 
 
+@dataclass(eq=False)
+class SparseGradient:
+    """Gradient of a weight (n, d) as the products that it is the sum of.
+
+    Row j is the sum of `values[e] * left[rows[e]]` over its entries e, `starts[j]` to `starts[j + 1]`, less its part
+    along row j of `normals` (of unit norm) where there are such.
+
+    >>> entries = Entries(torch.tensor([1]), torch.tensor([0]), torch.tensor([0, 1]))
+    >>> SparseGradient.from_entries(entries, torch.tensor([2.0]), torch.ones(1, 3), n=2).to_dense()
+    tensor([[0., 0., 0.],
+            [2., 2., 2.]])
+    """
+
+    starts: Int[Tensor, "n_1"]
+    rows: Int[Tensor, "nnz"]
+    values: Float[Tensor, "nnz"]
+    left: Float[Tensor, "n_rows d"]
+    normals: Float[Tensor, "n d"] | None = None
+    squares: Float[Tensor, "n"] | None = None
+    """squared norms of the rows, once they are known"""
+
+    @classmethod
+    def from_entries(
+        cls,
+        entries: Entries,
+        values: Float[Tensor, "nnz"],
+        left: Float[Tensor, "n_rows d"],
+        n: int,
+        normals: Float[Tensor, "n d"] | None = None,
+    ) -> "SparseGradient":
+        """The gradient whose value `weight_gradient` computes.
+
+        Args:
+            entries: positions of the values, of latents below n.
+            values: value of each entry.
+            left: dense rows.
+            n: number of latents.
+            normals: rows along which the gradient has no part; None is for none.
+        """
+        order, starts = entries.columns or transpose_entries(entries.indices, n)
+        return cls(starts, entries.rows[order], values.detach()[order], left.detach(), normals)
+
+    def __add__(self, other: "SparseGradient") -> "SparseGradient":
+        n = len(self.starts) - 1
+        latents = [torch.arange(n).repeat_interleave(each.starts.diff()) for each in (self, other)]
+        order, starts = transpose_entries(torch.cat(latents), n)
+        rows = torch.cat([self.rows, other.rows + len(self.left)])
+        values, left = torch.cat([self.values, other.values]), torch.cat([self.left, other.left])
+        return SparseGradient(starts, rows[order], values[order], left, self.normals)
+
+    @property
+    def parts(self) -> tuple[Tensor, ...]:
+        """The tensors, as kernels take them: (0, d) `normals` where there are none."""
+        normals = self.left[:0] if self.normals is None else self.normals.detach()
+        return self.starts, self.rows, self.values, self.left, normals
+
+    def scaled(self, factor: Float[Tensor, ""]) -> "SparseGradient":
+        """The gradient times a number."""
+        return replace(self, values=self.values * factor, squares=None)
+
+    def to_dense(self) -> Float[Tensor, "n d"]:
+        """The gradient as a tensor."""
+        made = _multiply_transposed(self.starts, self.rows, self.values, self.left)
+        if self.normals is not None:
+            made -= torch.linalg.vecdot(made, self.normals).unsqueeze(1) * self.normals
+        return made
+
+    def sampled_dot(self, table: Float[Tensor, "n d"], order: Int[Tensor, "nnz"]) -> Float[Tensor, "nnz"]:
+        """Inner products `<left[rows[e]], table[latent]>` of the entries; the same pass over memory finds `squares`.
+
+        Args:
+            table: second factors, one row per latent.
+            order: place of each product in the result.
+        """
+        from saelab.functional import numba_kernels
+
+        self.squares, products = numba_kernels.decode_squares(self.parts, table)
+        return torch.empty_like(products).index_copy_(0, order, products)
+
+    def square_sum(self) -> Float[Tensor, ""]:
+        """Squared norm of the gradient."""
+        from saelab.functional import numba_kernels
+
+        return (numba_kernels.gradient_squares(self.parts) if self.squares is None else self.squares).sum()
+
+
+SparseGradients = dict[nn.Parameter, SparseGradient]
+"""gradients of parameters, which have none in `.grad`"""
+
+
+@dataclass(eq=False)
+class GradientMemory:
+    """What one training step leaves to the next of the gradient of a weight (d_sae, d_in), and to its optimizer."""
+
+    projected: bool = False
+    """whether the optimizer is to have the gradient without its part along the weight's rows"""
+    spare: Float[Tensor, "d_sae d_in"] | None = None
+    """memory to write the gradient into, taken out when it is used: allocating costs more than the product"""
+    sparse: bool = False
+    """whether gradients that compiled kernels can take are kept in `found` and not computed"""
+    found: SparseGradient | None = None
+    """sum of the gradients that were kept"""
+
+    def pop(self) -> Float[Tensor, "d_sae d_in"] | None:
+        """The spare memory, once."""
+        spare, self.spare = self.spare, None
+        return spare
+
+    def keep(
+        self,
+        entries: Entries,
+        values: Float[Tensor, "nnz"],
+        left: Float[Tensor, "n_rows d_in"],
+        weight: Float[Tensor, "d_sae d_in"],
+    ) -> SparseGradient | None:
+        """The gradient that `weight_gradient` computes, kept here as products; None where it is to be computed.
+
+        Args:
+            entries: positions of the values.
+            values: value of each entry.
+            left: dense rows.
+            weight: what it is the gradient of.
+        """
+        if not (self.sparse and use_numba(weight, left) and len(values) <= MOST_PRODUCTS * len(weight)):
+            return None
+        made = SparseGradient.from_entries(entries, values, left, len(weight), weight if self.projected else None)
+        self.found = made if self.found is None else self.found + made
+        return made
+
+    def take(self) -> SparseGradient | None:
+        """What was kept, once."""
+        found, self.found = self.found, None
+        return found
+
+
+class _SelectRows(torch.autograd.Function):
+    """Rows of a weight, whose gradient may be kept as it is."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, latents: Tensor, memory: GradientMemory | None) -> Tensor:
+        ctx.save_for_backward(weight, latents)
+        ctx.memory = memory
+        return weight.index_select(0, latents)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, None]:
+        weight, latents = ctx.saved_tensors
+        memory: GradientMemory | None = ctx.memory
+        grad = grad.contiguous()
+        each = torch.arange(len(latents) + 1, device=latents.device)
+        entries = Entries(latents, each[:-1], each)
+        if memory is None or memory.keep(entries, grad.new_ones(len(latents)), grad, weight) is None:
+            return torch.zeros_like(weight).index_add_(0, latents, grad), None, None
+        return None, None, None
+
+
+_select_rows: Callable[[Tensor, Tensor, GradientMemory | None], Tensor] = _SelectRows.apply
+
+
+def select_rows(
+    weight: Float[Tensor, "n d"], latents: Int[Tensor, "n_latents"], memory: GradientMemory | None = None
+) -> Float[Tensor, "n_latents d"]:
+    """Some rows of a weight, differentiable.
+
+    Args:
+        weight: the weight, one row per latent.
+        latents: the rows, each once.
+        memory: may keep the gradient of the rows, so that none of the weight's size is made.
+
+    >>> select_rows(torch.eye(3), torch.tensor([2]))
+    tensor([[0., 0., 1.]])
+    """
+    return _select_rows(weight, latents, memory)
+
+
 def weight_gradient(
     entries: Entries,
     values: Float[Tensor, "nnz"],
     left: Float[Tensor, "n_rows d_in"],
     d_sae: int,
-    spare: Spare | None = None,
+    memory: GradientMemory | None = None,
 ) -> Float[Tensor, "d_sae d_in"]:
     """`Z^T left` for sparse codes Z: the gradient of W_dec, and that of W_enc transposed.
 
@@ -188,7 +366,7 @@ def weight_gradient(
         values: the entries of Z.
         left: dense rows, one per row of Z.
         d_sae: number of columns of Z.
-        spare: list that may hold a (d_sae, d_in) tensor to write the result into; None allocates one.
+        memory: may hold a (d_sae, d_in) tensor to write the result into; else one is allocated.
 
     >>> entries = Entries(torch.tensor([1]), torch.tensor([0]), torch.tensor([0, 1]))
     >>> weight_gradient(entries, torch.tensor([2.0]), torch.ones(1, 3), d_sae=2)
@@ -199,11 +377,18 @@ def weight_gradient(
     order, starts = entries.columns or transpose_entries(indices, d_sae)
     if left.device.type != "cpu":
         return gather_sum(rows[order], values[order], starts, left)
+    return _multiply_transposed(starts, rows[order], values[order], left, memory.pop() if memory else None)
+
+
+def _multiply_transposed(
+    starts: Tensor, rows: Tensor, values: Tensor, left: Tensor, out: Tensor | None = None
+) -> Tensor:
+    """`Z^T left` of compressed columns."""
     _acknowledge_beta()
+    shape = (len(starts) - 1, len(left))
     # spare memory or not, the sum must be made in the same order: a resumed run begins without
-    out = spare.pop() if spare else left.new_empty(d_sae, left.shape[1])
-    shape = (d_sae, left.shape[0])
-    transposed = torch.sparse_csr_tensor(starts, rows[order], values[order], shape, check_invariants=False)
+    out = left.new_empty(shape[0], left.shape[1]) if out is None else out
+    transposed = torch.sparse_csr_tensor(starts, rows, values, shape, check_invariants=False)
     return torch.addmm(out, transposed, left, beta=0, out=out)
 
 

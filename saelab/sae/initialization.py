@@ -21,7 +21,8 @@ from saelab.sae.objectives.reconstruction import ReconstructionLoss
 from saelab.sae.placement import place_weights
 from saelab.sae.sae import SAE
 from saelab.sae.training_sae import TrainingSAE
-from saelab.training.config import TrainConfig, name_optimized
+from saelab.training.config import TrainConfig
+from saelab.training.optimizer import name_optimized
 
 ENCODER_SHARE = 0.2
 """Norm of a revived latent's encoder, as a fraction of the others' mean: large enough to become active, too small to

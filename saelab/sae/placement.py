@@ -7,13 +7,16 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from saelab.functional.codes import Entries, SparseCodes
 from saelab.functional.metrics import effective_rank, exact
+from saelab.functional.sparse_products import weight_gradient
 from saelab.sae.competition import activate_among, search_among
 from saelab.sae.encoders import PursuitEncoder
 from saelab.sae.module import SAEModule
 from saelab.training.ranks import ALONE, RankGrid
 
 SCALE_TOKENS = 1024  # tokens used to set the encoder's scale; also the chunk size
+DENSE_NUMBERS = 2**26  # pre-activations of the chunk, of which more are not made where a search finds the codes
 
 
 @torch.no_grad()
@@ -90,10 +93,14 @@ def _draw_rows(centered: Tensor, random: Tensor, seed: int, ranks: RankGrid) -> 
     if len(rows) == 0:  # constant activations have no direction: keep the random ones
         return random
     here = ranks.latents.split(n := len(random) * ranks.latents.size)
-    chosen = rows[torch.randint(len(rows), (n,), generator=generator)[here.start : here.stop]]
-    # adding some of the random direction makes repeated rows differ
-    directions = chosen / chosen.norm(dim=1, keepdim=True) + 0.1 * random
-    return directions / directions.norm(dim=1, keepdim=True)
+    places = torch.randint(len(rows), (n,), generator=generator)[here.start : here.stop]
+    made = torch.empty_like(random)
+    for out, noise, part in zip(*(t.split(SCALE_TOKENS) for t in (made, random, places)), strict=True):
+        chosen = rows[part]
+        # adding some of the random direction makes repeated rows differ
+        directions = chosen / chosen.norm(dim=1, keepdim=True) + 0.1 * noise
+        torch.div(directions, directions.norm(dim=1, keepdim=True), out=out)
+    return made
 
 
 def _turn_inside(centered: Tensor, random: Tensor) -> Tensor:
@@ -115,7 +122,12 @@ def _answer(sae: SAEModule, x: Tensor, y: Tensor, ranks: RankGrid) -> None:
     """
     sums = torch.zeros_like(sae.W_dec)
     for part, target in zip(x.split(SCALE_TOKENS), y.split(SCALE_TOKENS), strict=True):
-        sums += _codes(sae, part, ranks).T @ (target - sae.b_dec)
+        codes, centered = _codes(sae, part, ranks), target - sae.b_dec
+        if isinstance(codes, Tensor):
+            sums += codes.T @ centered
+        else:
+            entries = Entries(codes.indices, codes.rows, codes.offsets)
+            sums += weight_gradient(entries, codes.values, centered, len(sums))
     sae.W_dec.copy_(torch.where(sums.norm(dim=1, keepdim=True) > 0, normalize_rows(sums), sae.W_dec))
 
 
@@ -123,20 +135,22 @@ def _match_scale(sae: SAEModule, x: Tensor, y: Tensor, ranks: RankGrid) -> None:
     """Scale the encoder by the c that minimizes ||y - b_dec - c z W_dec||^2: reconstructions from random weights are
     many times too large.
     """
-    centered, y_hat = y - sae.b_dec, ranks.latents.total(_codes(sae, x, ranks) @ sae.W_dec)
+    centered, codes = y - sae.b_dec, _codes(sae, x, ranks)
+    y_hat = ranks.latents.total(codes @ sae.W_dec if isinstance(codes, Tensor) else codes.decode(sae.W_dec))
     energy = y_hat.square().sum()
     if energy > 0 and (scale := (centered * y_hat).sum() / energy) > 0:
         sae.W_enc.mul_(scale.clamp(0.05, 1.0))
         sae.b_enc.mul_(scale.clamp(0.05, 1.0))
 
 
-def _codes(sae: SAEModule, x: Tensor, ranks: RankGrid) -> Tensor:
+def _codes(sae: SAEModule, x: Tensor, ranks: RankGrid) -> Tensor | SparseCodes:
     """Codes at the start of training, of normalized inputs; each process has all of them, and its own latents."""
     read = x - sae.b_dec if sae.cfg.d_out is None else x
     activation, ranks = sae.cfg.activation, RankGrid(latents=ranks.latents)
-    if not ranks.alone:  # dense pre-activations would have to be those of all latents
+    # of several processes dense pre-activations would have to be those of all latents
+    if not ranks.alone or len(x) * len(sae.W_dec) > DENSE_NUMBERS:
         found = search_among(activation, read, sae.W_enc.T, sae.b_enc, sae.threshold, ranks)
         if found is not None:
             fired = activation.fire(found.values, sae.threshold_of(found.indices))
-            return replace(found, values=fired).to_dense()
+            return replace(found, values=fired)
     return activate_among(activation, read @ sae.W_enc + sae.b_enc, sae.threshold, ranks)

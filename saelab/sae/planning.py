@@ -15,37 +15,27 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from saelab.functional.screening import SCAN_ROWS, choose_precision
 from saelab.functional.threshold_search import DENSE_WIDTH
 from saelab.sae.activation_functions import GroupMax
 from saelab.sae.competition import SURPLUS
-from saelab.sae.config import RandomPrefixes, SAEConfig
+from saelab.sae.config import SAEConfig
 from saelab.sae.fitting import make_run
 from saelab.sae.module import SAEModule
-from saelab.sae.placement import SCALE_TOKENS
+from saelab.sae.planned_memory import FLOAT, count_memory, k_of, n_groups_of, n_trained
 from saelab.sae.pretrained import on_meta
 from saelab.sae.training_sae import TrainingSAE
 from saelab.stores.manifest import INT_COLUMNS
 from saelab.stores.results import Result, format_table
-from saelab.stores.shuffling import BUFFER_TOKENS
 from saelab.stores.tensors import BLOCK, make_header
 from saelab.training.config import TrainConfig
-from saelab.training.loop import SAMPLE_TOKENS, TrainingRun
+from saelab.training.loop import TrainingRun
 
-PROGRAM_BYTES = (
-    310 * 2**20
-)  # resident memory of a process with torch and saelab, before any weights (torch 2.13, Linux)
-ENTRY_BYTES = 64  # of a candidate code while the search compares it: numbers, order and values of int64 and float32
-ROW_COPIES = 8  # float32 tensors of the size of a batch that a step holds at its peak: inputs, residuals, gradients
-DENSE_COPIES = {"token": 3, "group": 3, "batch": 5}  # tensors of all pre-activations that initialization holds
-DEAD_FRAC = 0.1  # of the latents, for which AuxK is counted
-DEAD_COPIES = 5  # tensors of the dead latents' pre-activations: ranking, codes and gradients
 SHARD_TOKENS = 32_768
 """rows of a file that `collect` writes"""
 MEASURED_ROWS = (512, 4096)
 """batch sizes of the steps that `measure_rates` times"""
 N_TIMED = 3
-FLOAT, INDEX, FLAG = 4, 8, 1  # bytes of float32, int64 and bool
+INDEX, FLAG = 8, 1  # bytes of int64 and bool
 
 
 @dataclass(frozen=True)
@@ -154,7 +144,9 @@ def plan_training(
 
     Memory is meant for activations that are read from a folder, and for processes that each make their own share of the
     latents. On a GPU the weights, gradients, moments and what steps add are in its memory, the rest in that of the
-    machine; the context of CUDA is not counted.
+    machine; the context of CUDA is not counted. Gradients of W_enc and W_dec take no memory, and are not counted, where
+    one process on a CPU keeps them as products: with compiled kernels (extra `[fast]`), and at least `n_tokens k / 3`
+    latents for batches of n_tokens.
 
     Args:
         cfg: configuration of the SAE, whose activation keeps a number k of latents.
@@ -182,9 +174,9 @@ def plan_training(
     sent, while_dead = _count_sent(cfg, share, n_rows, n_data, n_latents)
     seconds = None
     if rates is not None:
-        seconds = rates.seconds(cfg, n_rows, n_here, _k(cfg) / n_latents)
+        seconds = rates.seconds(cfg, n_rows, n_here, k_of(cfg) / n_latents)
         seconds += sum(sent.values()) / rates.link if rates.link else 0.0
-    held, start, step = _count_memory(cfg, run, share, collected, dtype, n_rows)
+    held, start, step = count_memory(cfg, run, share, collected, dtype, n_rows, n_data * n_latents == 1)
     return TrainingPlan(
         n_data=n_data,
         n_latents=n_latents,
@@ -193,7 +185,7 @@ def plan_training(
         held_bytes=held,
         start_bytes=start,
         step_bytes=step,
-        disk_bytes=_count_disk(cfg, whole, collected, dtype, shared=n_data * n_latents > 1),
+        disk_bytes=_count_disk(cfg, run, whole, collected, dtype, shared=n_data * n_latents > 1),
         sent_bytes=sent,
         sent_while_dead=while_dead,
         rates=rates,
@@ -236,75 +228,9 @@ def _notes(cfg: SAEConfig, rates: StepRates | None, sends: bool) -> tuple[str, .
     return tuple(notes)
 
 
-def _k(cfg: SAEConfig) -> int:
-    k: int = cfg.reconstruction.training_k(getattr(cfg.activation, "k", 1))
-    return k
-
-
-def _n_groups(cfg: SAEConfig) -> int:
-    return cfg.prefixes.n if isinstance(cfg.prefixes, RandomPrefixes) else len(cfg.prefixes or (1,))
-
-
-def _trained(share: SAEModule) -> int:
-    return sum(parameter.numel() for parameter in share.parameters() if parameter.requires_grad)
-
-
-def _count_memory(
-    cfg: SAEConfig, run: TrainConfig, share: SAEModule, collected: int, dtype: torch.dtype, n_rows: int
-) -> tuple[dict[str, int], dict[str, int], dict[str, int]]:
-    """What one rank holds throughout, in addition at the start, and in addition in a step."""
-    width = cfg.d_in + (cfg.d_out or 0)
-    n_held_out = min(run.n_held_out, collected // 10)
-    n_here, weights = len(share.W_dec), sum(t.numel() for t in share.state_dict().values())
-    held = {
-        "program": PROGRAM_BYTES,
-        "window of shuffled activations": min(BUFFER_TOKENS, collected - n_held_out) * width * dtype.itemsize,
-        "held-out activations": n_held_out * width * dtype.itemsize,
-        "weights": FLOAT * weights,
-    }
-    n_sample = min(SAMPLE_TOKENS // run.batch_size or 1, run.n_steps) * run.batch_size
-    start = {
-        "sample": n_sample * width * (dtype.itemsize + 3 * FLOAT),
-        "dense codes": DENSE_COPIES[cfg.activation.competition] * FLOAT * min(SCALE_TOKENS, n_sample) * n_here,
-    }
-    step = {
-        "gradients": FLOAT * _trained(share),
-        "Adam's moments": 2 * FLOAT * _trained(share),
-        "screening": _screen_bytes(cfg, n_here, n_rows),
-        "codes": ENTRY_BYTES * n_rows * _n_candidates(cfg, n_here),
-        "rows": FLOAT * n_rows * (ROW_COPIES * cfg.d_in + (2 * _n_groups(cfg) - 2) * cfg.d_target),
-    }
-    if cfg.aux is not None:
-        n_dead, n_aux = int(DEAD_FRAC * n_here), math.ceil(cfg.aux.token_frac * n_rows)
-        dead_rows = FLOAT * n_dead * (cfg.d_in + cfg.d_target + DEAD_COPIES * n_aux)
-        step[f"AuxK, with {DEAD_FRAC:.0%} of the latents dead"] = FLOAT * n_here * cfg.d_target + dead_rows
-    return held, start, step
-
-
-def _precision(cfg: SAEConfig, n_here: int) -> str:
-    """Dtype of the product that a search makes of all latents; "" where it makes it in parts of 256 rows."""
-    if n_here < DENSE_WIDTH or cfg.activation.competition == "group":
-        return ""
-    return choose_precision(cfg.d_in, n_here, torch.device("cpu"))
-
-
-def _screen_bytes(cfg: SAEConfig, n_here: int, n_rows: int) -> int:
-    precision = _precision(cfg, n_here)
-    if not precision:
-        whole = cfg.activation.competition == "batch"
-        return 3 * FLOAT * (n_rows if whole else min(256, n_rows)) * n_here
-    itemsize = 2 if precision == "bfloat16" else FLOAT
-    copies = {"int8": 2 * (cfg.d_in + 1), "bfloat16": 2 * cfg.d_in, "float32": 0}[precision]
-    return min(SCAN_ROWS, n_rows) * n_here * itemsize + n_here * copies
-
-
-def _n_candidates(cfg: SAEConfig, n_here: int) -> int:
-    """Latents of a token that a search compares."""
-    k = min(_k(cfg), n_here)
-    return min(n_here, {"int8": 2 * k - k // 4 + 4, "": k}.get(_precision(cfg, n_here), k + k // 4 + 8))
-
-
-def _count_disk(cfg: SAEConfig, whole: TrainingSAE, collected: int, dtype: torch.dtype, shared: bool) -> dict[str, int]:
+def _count_disk(
+    cfg: SAEConfig, run: TrainConfig, whole: TrainingSAE, collected: int, dtype: torch.dtype, shared: bool
+) -> dict[str, int]:
     """Sizes of the files of tensors that collecting and training write."""
     with on_meta():
         full, rest = divmod(collected, SHARD_TOKENS)
@@ -313,7 +239,9 @@ def _count_disk(cfg: SAEConfig, whole: TrainingSAE, collected: int, dtype: torch
         moments: dict[str, Tensor] = {}
         for name, parameter in whole.sae.named_parameters():
             if parameter.requires_grad:
-                moments |= {f"{name}.exp_avg": parameter, f"{name}.exp_avg_sq": parameter}
+                short = parameter.ndim == 2 and run.optim_bits == 16
+                moment = parameter.short() if short else parameter
+                moments |= {f"{name}.exp_avg": moment, f"{name}.exp_avg_sq": moment}
                 moments[f"{name}.step"] = torch.zeros(())
         moments = {name: t.detach() if t.is_contiguous() else t.detach().T for name, t in moments.items()}
         files = [_file_bytes(t) for t in (weights, dict(whole.state), moments, {})]
@@ -351,9 +279,9 @@ def _count_sent(
     to_latents, to_data = _Ring(n_latents), _Ring(n_data)
     n_here, d_out, kind = len(share.W_dec), cfg.d_target, cfg.activation.competition
     sent = {
-        "decoded rows": to_latents.reduce(_n_groups(cfg) * n_rows * d_out * FLOAT),
+        "decoded rows": to_latents.reduce(n_groups_of(cfg) * n_rows * d_out * FLOAT),
         "sizes of codes": _count_competing(cfg, n_here, n_rows, to_latents, to_data),
-        "gradients": to_data.reduce(FLOAT * _trained(share)),
+        "gradients": to_data.reduce(FLOAT * n_trained(share)),
         "biases": to_latents.reduce(FLOAT * d_out) * (cfg.d_out is None) + to_latents.spread(FLOAT * _shared(share)),
         "firing flags": to_data.reduce(FLAG * n_here),
     }
@@ -376,7 +304,7 @@ def _shared(share: SAEModule) -> int:
 
 def _count_competing(cfg: SAEConfig, n_here: int, n_rows: int, to_latents: "_Ring", to_data: "_Ring") -> float:
     """Bytes of the comparison of codes; of a batch activation about, as that depends on the data."""
-    k, kind = _k(cfg), cfg.activation.competition
+    k, kind = k_of(cfg), cfg.activation.competition
     if kind == "token":
         return to_latents.gather(n_rows * min(k, n_here) * FLOAT)
     if kind != "batch":
@@ -443,7 +371,7 @@ def measure_rates(cfg: SAEConfig, *, seed: int = 0, link: float | None = None) -
     for d_sae in widths:
         small = cfg.adapt(d_sae=d_sae, prefixes=None)
         for n_rows in MEASURED_ROWS:
-            work.append(_work(small, n_rows, d_sae, _k(small)))
+            work.append(_work(small, n_rows, d_sae, k_of(small)))
             seconds.append(_time_steps(small, n_rows, seed))
     # relative errors count, and none of the rates is negative
     matrix = torch.tensor(work, dtype=torch.float64) / torch.tensor(seconds, dtype=torch.float64)[:, None]

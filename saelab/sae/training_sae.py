@@ -12,8 +12,8 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from saelab.functional.codes import Entries, SparseCodes, attach_encoder, nested_decode_error
-from saelab.functional.compiled import use_numba
 from saelab.functional.metrics import ReconstructionSums, nested_error
+from saelab.functional.sparse_products import GradientMemory, SparseGradients
 from saelab.sae.activation_functions import MIN_THRESHOLD, ReLU
 from saelab.sae.activation_registry import Activation
 from saelab.sae.competition import activate_among
@@ -27,6 +27,7 @@ from saelab.sae.sharding import LATENT_AXIS, reconstruct_among
 from saelab.sae.soft_frozen import SoftFrozen, project_to_cones
 from saelab.sae.step_codes import StepCodes, find_smallest, search_codes
 from saelab.training.config import TrainConfig
+from saelab.training.optimizer import differentiate, project_gradient
 from saelab.training.ranks import ALONE, RankGrid
 from saelab.training.schedules import value_at
 
@@ -93,7 +94,7 @@ class TrainingSAE:
                 )
             self.state["axes"] = torch.zeros_like(sae.W_dec)
         self.steered = activation.penalty_target is not None
-        self.spare: dict[str, Tensor] = {}
+        self.memory = {"W_enc": GradientMemory(), "W_dec": GradientMemory(projected=sae.cfg.dictionary == "unit")}
 
     @property
     def module(self) -> SAEModule:
@@ -193,6 +194,7 @@ class TrainingSAE:
             u=coded.u,
             ranks=self.ranks,
             b_read=b_read,
+            memory=self.memory,
         )
         return step, self._seen_by_all(coded.seen)
 
@@ -252,9 +254,9 @@ class TrainingSAE:
         sae, transcodes = self.sae, self.sae.cfg.d_out is not None
         entries = Entries(found.indices, found.rows, found.offsets).with_columns(len(W_dec))
         if read is None:
-            u = attach_encoder(found.values, x, sae.W_enc, sae.b_enc, b_read, entries, self._spare("W_enc"), centered)
+            u = attach_encoder(found.values, x, sae.W_enc, sae.b_enc, b_read, entries, self.memory["W_enc"], centered)
         else:
-            u = attach_encoder(found.values, read, sae.W_enc, sae.b_enc, None, entries, self._spare("W_enc"))
+            u = attach_encoder(found.values, read, sae.W_enc, sae.b_enc, None, entries, self.memory["W_enc"])
         threshold = sae.threshold_of(found.indices)
         values = sae.cfg.activation.fire(u, threshold)
         if sae.cfg.activation.gated:
@@ -296,7 +298,7 @@ class TrainingSAE:
             ordered, parts = stack_groups(values, entries, group, n_groups, n)
         add = None if self.ranks.latents.size == 1 else self.ranks.latents.add_
         errors, residual = nested_decode_error(
-            ordered, W_dec, y, sae.b_dec, parts, n_groups, self._spare("W_dec"), centered, add
+            ordered, W_dec, y, sae.b_dec, parts, n_groups, self.memory["W_dec"], centered, add
         )
         return StepCodes(errors, residual, penalty, seen, (values, entries))
 
@@ -362,15 +364,18 @@ class TrainingSAE:
         seen = (fires.any(0), fires.sum() / len(x), find_smallest(size))
         return StepCodes(errors, residual, penalty, seen, None, z, u)
 
-    def _spare(self, name: str) -> list[Tensor]:
-        """Memory of the last step's gradient of a weight, to be reused; empty if there is none."""
-        return [self.spare.pop(name)] if name in self.spare else []
+    def differentiate(self, loss: Float[Tensor, ""]) -> SparseGradients:
+        """Differentiate a loss: gradients are in `.grad` but for those returned, of wide weights of one process."""
+        # of several processes gradients are averaged, and those of an archetypal dictionary go on to its points
+        free = self.ranks.alone and self.sae.archetypes is None
+        weights = dict(self.sae.named_parameters()) if free else {}
+        return differentiate(loss, {weights[name]: m for name, m in self.memory.items() if name in weights})
 
     def recycle_gradients(self) -> None:
         """Clear the gradients, keeping the memory of the two large ones for reuse in the next step."""
         for name, parameter in self.sae.named_parameters():
-            if name in ("W_enc", "W_dec") and parameter.grad is not None:
-                self.spare[name] = parameter.grad.T if name == "W_enc" else parameter.grad
+            if name in self.memory and parameter.grad is not None:
+                self.memory[name].spare = parameter.grad.T if name == "W_enc" else parameter.grad
         self.sae.zero_grad(set_to_none=True)
 
     def _prefixes(self) -> list[int]:
@@ -423,16 +428,8 @@ class TrainingSAE:
     @torch.no_grad()
     def constrain_gradients(self) -> None:
         """Remove each dictionary row's gradient along the row, which would only change its length."""
-        grad = self.sae.W_dec.grad
-        if self.sae.cfg.dictionary != "unit" or grad is None:
-            return
-        if use_numba(self.sae.W_dec, grad):
-            from saelab.functional import numba_kernels
-
-            numba_kernels.project_rows(grad, self.sae.W_dec)
-            return
-        for g, w in zip(grad.split(256), self.sae.W_dec.split(256), strict=True):  # in chunks that fit the CPU cache
-            g.addcmul_(torch.linalg.vecdot(g, w).unsqueeze(1), w, value=-1)
+        if self.sae.cfg.dictionary == "unit":
+            project_gradient(self.sae.W_dec)
 
     @torch.no_grad()
     def constrain_weights(self) -> None:

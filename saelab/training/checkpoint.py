@@ -16,7 +16,8 @@ from saelab.stores.files import remove_leftovers, replace_folder, save_tensors, 
 from saelab.stores.jobs import hold_folder
 from saelab.stores.tensors import load_tensors
 from saelab.stores.validation import SEAL, check_settings, naming, read_json, read_sealed, refuse_unknown
-from saelab.training.config import Batches, Trainable, name_optimized
+from saelab.training.config import Batches, Trainable
+from saelab.training.optimizer import name_optimized
 
 SCHEMA_VERSION = 1
 FOLDER = "checkpoint"

@@ -1,20 +1,17 @@
-"""`TrainConfig`: configuration of a training run; the protocols of its data and modules; and its optimizer.
+"""`TrainConfig`: configuration of a training run; and the protocols of its data and modules.
 
 The configuration has length, learning rate and its schedule, and intervals of logging and saving. Protocols describe
-batches of data, losses, and modules that can be trained. The optimizer is Adam with gradient clipping, for weights
-stored as they are or transposed.
+batches of data, losses, and modules that can be trained.
 """
 
 import math
-from collections.abc import Container, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Protocol, runtime_checkable
 
-import torch
 from torch import Tensor, nn
 
-from saelab.functional.compiled import use_numba
-from saelab.training.ranks import ALONE, RankGrid
+from saelab.functional.sparse_products import SparseGradients
 
 MAX_WARMUP_STEPS = 1000
 LARGER_BATCHES = (4096, 2048, 1024)
@@ -46,6 +43,8 @@ class TrainConfig:
     """share of the run over which the learning rate rises linearly from 0, at most 1000 steps"""
     decay_frac: float = 0.2
     """last share of the run, over which the learning rate falls linearly to 0"""
+    optim_bits: int = 32
+    """bits of each of Adam's two moments of a matrix: 32, or 16, which take half of the memory; see `make_adam`"""
     clip_norm: float = 1.0
     """largest norm of all gradients together; larger ones are scaled down"""
     seed: int = 0
@@ -70,6 +69,8 @@ class TrainConfig:
             raise ValueError(f"`lr` must be positive and finite, got {self.lr}; use None for the default.")
         if not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"`betas` must be in [0, 1), got {self.betas}.")
+        if self.optim_bits not in (32, 16):
+            raise ValueError(f"`optim_bits` must be 32 or 16, got {self.optim_bits}.")
         if self.n_held_out < 0:
             raise ValueError(f"`n_held_out` must be at least 0, got {self.n_held_out}.")
         if not (self.warmup_frac >= 0 and self.decay_frac >= 0 and self.warmup_frac + self.decay_frac <= 1):
@@ -111,8 +112,9 @@ class TrainConfig:
         return max(0.0, min(1.0, rise, fall))
 
     def to_dict(self) -> dict[str, Any]:
-        """The fields as JSON values."""
-        return asdict(self) | {"betas": list(self.betas)}
+        """The fields as JSON values; `optim_bits` where it is not 32, so that older runs can be resumed."""
+        fields = asdict(self) | {"betas": list(self.betas)}
+        return fields if self.optim_bits != 32 else {name: x for name, x in fields.items() if name != "optim_bits"}
 
 
 def default_batch_size(n_tokens: int) -> int:
@@ -192,8 +194,13 @@ class Trainable(Protocol):
     def observe(self, seen: Any) -> None:
         """Update counters and thresholds from the losses of a step, after its weight update."""
 
+    def differentiate(self, loss: Tensor) -> SparseGradients:
+        """Differentiate a loss: gradients are in `.grad` of the parameters but for those returned, which are ready for
+        the optimizer.
+        """
+
     def constrain_gradients(self) -> None:
-        """Project the gradients before the weight update."""
+        """Project the gradients in `.grad` before the weight update."""
 
     def recycle_gradients(self) -> None:
         """Clear the gradients; their memory may be kept for the next step."""
@@ -214,123 +221,3 @@ def latent_axes_of(trainable: Trainable) -> Mapping[str, int]:
     """
     axes: Mapping[str, int] = getattr(trainable, "latent_axes", {})
     return axes
-
-
-def make_adam(module: nn.Module, lr: float, cfg: TrainConfig) -> torch.optim.Adam:
-    """A fused Adam (arXiv:1412.6980) over the trained parameters; weights and both moments are float32.
-
-    Weights that are stored transposed are passed as their contiguous transpose, which shares their memory, so that no
-    step copies them.
-    """
-    trained = [_in_memory_order(p) for p in module.parameters() if p.requires_grad]
-    fused = trained[0].device.type in ("cpu", "cuda")
-    return torch.optim.Adam(trained, lr=lr, betas=cfg.betas, fused=fused)
-
-
-@torch.no_grad()
-def step_adam(module: nn.Module, optimizer: torch.optim.Optimizer, normalized_rows: Container[str] = ()) -> None:
-    """Update the module's parameters from their gradients by one step of the optimizer.
-
-    Args:
-        module: the module.
-        optimizer: the result of `make_adam` for it.
-        normalized_rows: names of the parameters whose rows are divided by their norms afterwards.
-    """
-    stored = name_optimized(module, optimizer)
-    compiled: dict[str, Tensor] = {}
-    for (name, mine), parameter in zip(stored.items(), _trained(module), strict=True):
-        grad = parameter.grad
-        mine.grad = grad if grad is None or parameter.is_contiguous() else grad.T
-        if mine.grad is not None and mine.ndim == 2 and use_numba(mine, mine.grad):
-            compiled[name], mine.grad = mine.grad, None
-    optimizer.step()
-    for name, mine in stored.items():
-        if name in compiled:
-            _step_compiled(mine, compiled[name], optimizer, name in normalized_rows)
-            mine.grad = compiled[name]
-        elif name in normalized_rows:
-            for rows in torch.split(mine, 256):  # in chunks that fit the CPU cache
-                rows /= torch.linalg.vector_norm(rows, dim=1, keepdim=True).clamp(min=1e-12)
-    for mine, parameter in zip(stored.values(), _trained(module), strict=True):
-        mine.grad = mine.grad if mine is parameter else None  # keep no gradient but the module's own
-
-
-def _step_compiled(weight: nn.Parameter, grad: Tensor, optimizer: torch.optim.Optimizer, unit: bool) -> None:
-    """One step of a compiled Adam, which keeps its state where PyTorch's does."""
-    from saelab.functional import numba_kernels
-
-    group, state = optimizer.param_groups[0], optimizer.state[weight]
-    if not state:
-        moments = {name: torch.zeros_like(weight.detach()) for name in ("exp_avg", "exp_avg_sq")}
-        state.update(step=torch.zeros(()), **moments)
-    state["step"] += 1
-    numba_kernels.step_adam(
-        weight.detach(),
-        grad,
-        state["exp_avg"],
-        state["exp_avg_sq"],
-        lr=float(group["lr"]),
-        betas=group["betas"],
-        eps=group["eps"],
-        step=int(state["step"]),
-        unit=unit,
-    )
-
-
-def name_optimized(module: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, nn.Parameter]:
-    """The optimizer's parameters by their names in the module."""
-    names = [name for name, parameter in module.named_parameters() if parameter.requires_grad]
-    return dict(zip(names, optimizer.param_groups[0]["params"], strict=True))
-
-
-def average_gradients(module: nn.Module, ranks: RankGrid, own: Container[str]) -> None:
-    """Replace gradients by their mean over the ranks that saw other tokens, in place.
-
-    Args:
-        module: the module.
-        ranks: the processes that train it.
-        own: names of the parameters of which each rank of the latents has those of its own; the others, which all have
-            alike, get the first one's gradient, so that no rounding ever drives them apart.
-    """
-    if ranks.alone:
-        return
-    for name, parameter in module.named_parameters():
-        if parameter.grad is None:
-            continue
-        grad = parameter.grad if parameter.grad.is_contiguous() else parameter.grad.T
-        ranks.data.average_(grad)
-        if name not in own:
-            ranks.latents.spread_(grad)
-
-
-def clip_gradients(module: nn.Module, limit: float, ranks: RankGrid = ALONE, own: Container[str] = ()) -> Tensor:
-    """Scale all gradients so that their joint norm is at most `limit`, and return the norm before.
-
-    Args:
-        module: the module.
-        limit: largest norm.
-        ranks: the processes that have the gradients.
-        own: names of the parameters of which each rank of the latents has those of its own; the others count once.
-    """
-    named = {name: p.grad for name, p in module.named_parameters() if p.grad is not None}
-    grads = list(named.values())
-    flat = {name: (grad if grad.is_contiguous() else grad.T).reshape(-1) for name, grad in named.items()}
-    squares = {name: torch.dot(grad, grad) for name, grad in flat.items()}  # twice as fast as vector_norm
-    if ranks.latents.size > 1:
-        mine = [name for name in squares if name in own]
-        total = ranks.latents.total(torch.stack([squares[name] for name in mine]))
-        squares |= dict(zip(mine, total, strict=True))
-    norm = torch.stack(list(squares.values())).sum().sqrt()
-    scale = (limit / (norm + 1e-12)).clamp(max=1.0)
-    if grads[0].device.type != "cpu" or scale < 1:
-        for grad in grads:
-            grad.mul_(scale)
-    return norm
-
-
-def _trained(module: nn.Module) -> list[nn.Parameter]:
-    return [p for p in module.parameters() if p.requires_grad]
-
-
-def _in_memory_order(parameter: nn.Parameter) -> nn.Parameter:
-    return parameter if parameter.is_contiguous() else nn.Parameter(parameter.detach().T)

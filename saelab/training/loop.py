@@ -26,12 +26,9 @@ from saelab.training.config import (
     Batches,
     Trainable,
     TrainConfig,
-    average_gradients,
-    clip_gradients,
     latent_axes_of,
-    make_adam,
-    step_adam,
 )
+from saelab.training.optimizer import average_gradients, clip_gradients, make_adam, step_adam
 from saelab.training.ranks import ALONE, RankGrid
 from saelab.training.shared_checkpoint import is_shared, load_shared, save_shared
 
@@ -284,12 +281,13 @@ class TrainingRun:
         for i, (trainable, optimizer, lr) in enumerate(zip(self.trainables, self.optimizers, self.lrs, strict=True)):
             optimizer.param_groups[0]["lr"] = lr * self.cfg.lr_scale(self.step)
             objective = trainable.objective(self.ranks.rows(batch))
-            objective.total.backward()
+            sparse = trainable.differentiate(objective.total)
             own = latent_axes_of(trainable)
             average_gradients(trainable.module, self.ranks, own)
             trainable.constrain_gradients()
-            clip_gradients(trainable.module, self.cfg.clip_norm, self.ranks, own)
-            step_adam(trainable.module, optimizer, getattr(trainable, "normalized_rows", ()))
+            clip_gradients(trainable.module, self.cfg.clip_norm, self.ranks, own, sparse)
+            step_adam(trainable.module, optimizer, getattr(trainable, "normalized_rows", ()), sparse)
+            del sparse
             trainable.recycle_gradients()
             trainable.constrain_weights()
             trainable.observe(objective)

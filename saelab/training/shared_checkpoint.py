@@ -17,7 +17,8 @@ from torch import Tensor
 from saelab.stores.files import replace_folder, write_json
 from saelab.stores.tensors import load_tensors
 from saelab.training.checkpoint import PROGRESS, SCHEMA_VERSION, divide_state, read_progress
-from saelab.training.config import Batches, Trainable, latent_axes_of, name_optimized
+from saelab.training.config import Batches, Trainable, latent_axes_of
+from saelab.training.optimizer import make_moments, name_optimized
 from saelab.training.ranks import RankGrid
 
 KINDS = ("weights", "counters", "optimiser")
@@ -193,11 +194,7 @@ def _parts(
 def _make_moments(trainable: Trainable, optimizer: torch.optim.Optimizer) -> None:
     """Memory for the moments, which Adam has from its first step on."""
     for parameter in name_optimized(trainable.module, optimizer).values():
-        optimizer.state[parameter] = {
-            "step": torch.zeros((), dtype=torch.float32, device=parameter.device if parameter.is_cuda else "cpu"),
-            "exp_avg": torch.zeros_like(parameter),
-            "exp_avg_sq": torch.zeros_like(parameter),
-        }
+        make_moments(parameter, optimizer)
 
 
 def _as_global(t: Tensor, axis: int | None, ranks: RankGrid) -> Tensor:

@@ -14,7 +14,7 @@ from saelab.analysis import dashboard
 from saelab.evaluation.splicing import Stage
 from saelab.functional.statistics import rank_correlation
 from saelab.lm.unembedding import read_out
-from saelab.training.config import make_adam, step_adam
+from saelab.training.optimizer import make_adam, step_adam
 
 HOOK = "blocks.1.hook_resid_post"
 D_SAE = 40

@@ -8,7 +8,8 @@ from saelab.functional import compiled
 from saelab.functional.codes import Entries, SparseCodes, nested_decode_error
 from saelab.functional.compiled import has_numba, run_parts, use_numba
 from saelab.functional.sparse_products import sampled_dot, transpose_entries
-from saelab.training.config import TrainConfig, make_adam, step_adam
+from saelab.training.config import TrainConfig
+from saelab.training.optimizer import make_adam, step_adam
 
 needs_numba = pytest.mark.skipif(not has_numba(), reason="needs numba")
 D_IN, D_SAE, N = 40, 300, 200

@@ -15,6 +15,7 @@ from ranks import Pool, mesh_of
 from sampled import one_in
 
 import saelab as sl
+from saelab.functional import compiled
 from saelab.sae import planning
 from saelab.sae.planning import StepRates, measure_rates, plan_training, read_rates
 
@@ -59,19 +60,23 @@ def test_peak_memory_is_that_of_a_process_that_trains(d_in: int, d_sae: int, act
 
 @pytest.mark.parametrize(
     "settings",
-    [{"activation": sl.TopK(k=4)}, {"activation": sl.BatchTopK(k=4), "normalizer": "whiten", "dictionary": "frozen"}],
+    [
+        {"activation": sl.TopK(k=4)},
+        {"activation": sl.BatchTopK(k=4), "normalizer": "whiten", "dictionary": "frozen", "optim_bits": 16},
+    ],
     ids=str,
 )
 def test_files_have_the_sizes_that_were_planned(
     tiny: Any, tiny_tokens: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, settings: dict[str, Any]
 ) -> None:
+    settings = dict(settings)
     monkeypatch.setattr(planning, "SHARD_TOKENS", 600)
     hook_point = "blocks.1.hook_resid_post"
     acts = sl.collect(
         tiny, tiny_tokens, hook_point, tmp_path / "acts", dtype=torch.bfloat16, shard_tokens=600, progress=False
     )
+    run = sl.TrainConfig(n_tokens=1024, batch_size=256, optim_bits=settings.pop("optim_bits", 32))
     cfg = sl.SAEConfig(d_in=acts.d_in, d_sae=4096, **settings)  # some weights have several blocks of checksums
-    run = sl.TrainConfig(n_tokens=1024, batch_size=256)
     sae = sl.SAE(cfg, seed=0).fit(acts, run, out=tmp_path / "run", progress=False)
     sae.save_pretrained(tmp_path / "sae")
     disk = plan_training(cfg, run, dtype=torch.bfloat16, n_tokens=acts.n_tokens).disk_bytes
@@ -166,7 +171,26 @@ def test_one_process_sends_nothing_and_shares_shrink() -> None:
     per_latent = 2 * 768 + 1
     assert alone.n_parameters == four.n_parameters == 98_304 * per_latent + 768
     assert four.step_bytes["gradients"] == 4 * (98_304 // 4 * per_latent + 768)
-    assert four.disk_bytes["SAE"] == alone.disk_bytes["SAE"] and four.peak_bytes < alone.peak_bytes / 2
+    assert four.disk_bytes["SAE"] == alone.disk_bytes["SAE"] and four.peak_bytes < 0.6 * alone.peak_bytes
+
+
+def test_moments_in_16_bits_take_half_and_kept_products_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    vectors, matrices = 131_072 + 768, 2 * 131_072 * 768
+    cfg = sl.SAEConfig(d_in=768, d_sae=131_072, activation=sl.TopK(k=32))
+
+    def count(optim_bits: int, n_data: int = 1, batch_size: int = 4096) -> tuple[int, int]:
+        run = sl.TrainConfig(n_tokens=10**9, batch_size=batch_size, optim_bits=optim_bits)
+        bytes_of = plan_training(cfg, run, n_data).step_bytes
+        return bytes_of["gradients"], bytes_of["Adam's moments"]
+
+    whole = 4 * (matrices + vectors)
+    monkeypatch.setenv("SAELAB_NUMBA", "0")
+    assert count(32) == (whole, 2 * whole) and count(16) == (whole, 2 * whole - 4 * matrices)
+    monkeypatch.delenv("SAELAB_NUMBA")
+    monkeypatch.setattr(compiled, "has_numba", lambda: True)
+    assert count(16) == (4 * vectors, 2 * whole - 4 * matrices)
+    assert count(32, batch_size=3 * 4096)[0] == 4 * vectors
+    assert count(32, batch_size=3 * 4096 + 1)[0] == count(32, n_data=2)[0] == whole
 
 
 def test_rates_are_found_from_the_times_of_steps(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,7 +16,7 @@ from saelab.sae.config import SAEConfig
 from saelab.sae.training_sae import TrainingSAE
 from saelab.stores.files import write_json
 from saelab.stores.validation import read_json
-from saelab.training.config import make_adam, step_adam
+from saelab.training.optimizer import make_adam, step_adam
 
 D_IN, D_SAE, D_OUT, K = 12, 40, 9, 5
 

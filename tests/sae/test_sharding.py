@@ -160,20 +160,27 @@ def agreement(a: tuple[torch.Tensor, torch.Tensor], b: tuple[torch.Tensor, torch
     return len(first & second) / max(1, len(first | second))
 
 
-def stopped(name: str, folder: str, shape: tuple[int, int] | None, after: int) -> str:
+def stopped(name: str, folder: str, shape: tuple[int, int] | None, after: int, optim_bits: int = 32) -> str:
     """Train a case in a folder until a signal reaches one of the processes; what they say."""
     try:
-        train_in(name, folder, shape, stop=after)
+        train_in(name, folder, shape, after, optim_bits)
     except KeyboardInterrupt as stop:
         return str(stop)
     return "not stopped"
 
 
-def train_in(name: str, folder: str, shape: tuple[int, int] | None, stop: int = 0) -> dict[str, Any]:
+def train_in(
+    name: str, folder: str, shape: tuple[int, int] | None, stop: int = 0, optim_bits: int = 32
+) -> dict[str, Any]:
     """A case trained in a folder, going on from its checkpoint; its weights and history."""
     cfg = sl.SAEConfig(**SMALL | CASES[name])
     run = sl.TrainConfig(
-        n_tokens=20 * BATCH, batch_size=BATCH, n_held_out=200, log_every_tokens=BATCH, save_every_tokens=6 * BATCH
+        n_tokens=20 * BATCH,
+        batch_size=BATCH,
+        optim_bits=optim_bits,
+        n_held_out=200,
+        log_every_tokens=BATCH,
+        save_every_tokens=6 * BATCH,
     )
 
     def interrupt(entry: dict[str, Any]) -> None:
@@ -204,10 +211,12 @@ def test_a_stopped_run_goes_on_with_other_processes(pool: Pool, tmp_path: Path, 
         assert [json.loads(line)["step"] for line in lines] == list(range(1, 21))
 
 
-def test_a_resumed_run_of_the_same_processes_ends_with_the_same_bytes(pool: Pool, tmp_path: Path) -> None:
-    whole = pool.run(train_in, "topk", str(tmp_path / "whole"), (2, 2))[0]
-    pool.run(stopped, "topk", str(tmp_path / "part"), (2, 2), 9)
-    found = pool.run(train_in, "topk", str(tmp_path / "part"), (2, 2))[0]
+@pytest.mark.parametrize("bits", [32, 16])
+def test_a_resumed_run_of_the_same_processes_ends_with_the_same_bytes(pool: Pool, tmp_path: Path, bits: int) -> None:
+    whole, *others = pool.run(train_in, "topk", str(tmp_path / "whole"), (2, 2), 0, bits)
+    pool.run(stopped, "topk", str(tmp_path / "part"), (2, 2), 9, bits)
+    found = pool.run(train_in, "topk", str(tmp_path / "part"), (2, 2), 0, bits)[0]
+    assert all(torch.equal(other["weights"][key], held) for other in others for key, held in whole["weights"].items())
     assert all(torch.equal(found["weights"][key], held) for key, held in whole["weights"].items())
     assert found["history"] == whole["history"]
     for name in ("history.jsonl", "history.csv"):

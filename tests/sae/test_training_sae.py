@@ -15,7 +15,7 @@ from saelab.functional.activation_functions import jumprelu, step_above
 from saelab.functional.metrics import normalized_error
 from saelab.sae.activation_functions import AbsJumpReLU
 from saelab.sae.training_sae import TrainingSAE
-from saelab.training.config import make_adam, step_adam
+from saelab.training.optimizer import make_adam, step_adam
 
 D_IN, D_SAE, K, N = 10, 48, 4, 64
 

@@ -285,7 +285,7 @@ def test_weights_and_rows_that_are_not_finite_are_said_where_they_come_in(valid,
 def test_a_run_that_diverges_says_so_and_keeps_its_last_good_checkpoint(tmp_path, monkeypatch) -> None:
     cfg = sl.TrainConfig(n_tokens=1024, batch_size=128, save_every_tokens=256)
     from saelab.training import loop
-    from saelab.training.config import step_adam
+    from saelab.training.optimizer import step_adam
 
     step, n = step_adam, [0]
 

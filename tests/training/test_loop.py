@@ -21,7 +21,7 @@ from unchecked import unchecked
 import saelab as sl
 from saelab.collecting.collection import stream
 from saelab.stores import files
-from saelab.training.config import clip_gradients
+from saelab.training.optimizer import clip_gradients
 
 D_IN, D_SAE = 8, 24
 RUN = sl.TrainConfig(n_tokens=12 * 40, batch_size=40, log_every_tokens=80, save_every_tokens=160, n_held_out=50)

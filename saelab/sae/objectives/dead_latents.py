@@ -10,6 +10,7 @@ from torch import Tensor
 
 from saelab.functional.metrics import normalized_error
 from saelab.functional.screening import largest_first
+from saelab.functional.sparse_products import select_rows
 from saelab.sae.competition import best_of_ranks
 from saelab.sae.objectives.terms import LossTerm, TrainingStep, register_loss_term
 from saelab.training.ranks import GridAxis, RankGrid
@@ -62,13 +63,13 @@ class AuxK(LossTerm):
         if n_dead == 0:
             return x.new_zeros(())
         n = step.ranks.n_rows_among(math.ceil(self.token_frac * len(x) * step.ranks.data.size))
-        W_enc = sae.W_enc.T.index_select(0, dead)
+        W_enc = select_rows(sae.W_enc.T, dead, step.memory.get("W_enc"))
         read = x[:n] if step.b_read is None else x[:n] - step.b_read
         u = read @ W_enc.T + sae.b_enc[dead]
         # raw u, not relu(u): a dead latent whose u is negative everywhere would get no gradient
         k = min(self.k or max(1, sae.cfg.d_target // 2), n_dead)
         z = keep_largest(u, (u.abs() if sae.cfg.activation.signed else u).detach(), k, axis)
-        estimate = axis.sum(z @ step.W_dec.index_select(0, dead))
+        estimate = axis.sum(z @ select_rows(step.W_dec, dead, step.memory.get("W_dec")))
         return _normalized_error(estimate, step.residual[:n].detach(), step.ranks)
 
 

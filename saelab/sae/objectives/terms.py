@@ -24,7 +24,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from saelab.functional.codes import Entries, SparseCodes, sparse_decode
-from saelab.functional.sparse_products import transpose_entries
+from saelab.functional.sparse_products import GradientMemory, transpose_entries
 from saelab.stores.validation import read_fields, require_object
 from saelab.training.loop import ENTRY_KEYS
 from saelab.training.ranks import ALONE, RankGrid
@@ -82,6 +82,8 @@ class TrainingStep:
     """processes that train together; only a term that is `sharded` has to read it"""
     b_read: Float[Tensor, "d_in"] | None = None
     """what the encoder subtracts from x, b_dec with the gradients of all ranks; None for a transcoder"""
+    memory: Mapping[str, GradientMemory] = field(default_factory=dict)
+    """what may keep gradients of rows of W_enc (transposed) and W_dec; see `select_rows`"""
 
     @property
     def n_tokens(self) -> int:

@@ -33,6 +33,7 @@ class WholeStep(TrainingStep):
         self.number, self.seed, self.share = share.number, share.seed, share.share
         self.dead_after_tokens, self.notes = share.dead_after_tokens, share.notes
         self.ranks: RankGrid = ALONE
+        self.memory = {}
 
     @cached_property
     def sae(self) -> Any:
