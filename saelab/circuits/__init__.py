@@ -1,0 +1,1 @@
+"""Attribution graphs: which features cause which, from a prompt to its answer."""
