@@ -1,1 +1,22 @@
 """Attribution graphs: which features cause which, from a prompt to its answer."""
+
+from typing import TYPE_CHECKING
+
+from saelab._lazy import attach
+
+if TYPE_CHECKING:
+    from saelab.circuits.graph import AttributionGraph as AttributionGraph
+    from saelab.circuits.graph_files import make_node_ids as make_node_ids, write_graph_json as write_graph_json
+    from saelab.circuits.graph_reading import (
+        GraphFile as GraphFile,
+        read_graph_file as read_graph_file,
+        read_graph_json as read_graph_json,
+        read_view as read_view,
+    )
+    from saelab.circuits.graph_views import (
+        GraphView as GraphView,
+        NodeLabels as NodeLabels,
+        influence_shares as influence_shares,
+    )
+
+__getattr__, __dir__, __all__ = attach(__name__)
