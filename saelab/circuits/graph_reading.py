@@ -1,7 +1,7 @@
 """`read_graph_file`: attribution graphs from files of circuit-tracer and Neuronpedia, with the state of their page."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -79,8 +79,8 @@ def read_graph_file(path: str | Path) -> GraphFile:
         raise ValueError(f"{path} must hold an attribution graph, but {error}. Was it edited or cut off?") from None
 
 
-def read_view(path: str | Path, node_ids: tuple[str, ...]) -> GraphView:
-    """The view that a page of `graph_page` saved, or that of a graph's file.
+def read_view(path: str | Path, node_ids: Sequence[str]) -> GraphView:
+    """The view that a page of `write_graph_page` saved, or that of a graph's file.
 
     Args:
         path: JSON file with `qParams`.
