@@ -68,19 +68,15 @@ def write_graph_page(
         title: title of the page; empty takes the prompt.
 
     Raises:
-        ValueError: `path` has another ending, `view` has nodes of another graph, or `labels` or `stores` have hook
-            points of no dictionary.
+        ValueError: `path` has another ending, `view` has nodes of another graph, `labels` or `stores` have hook points
+            of no dictionary, or a store has fewer features than the graph.
     """
     path, view = Path(path), view or GraphView()
     if path.suffix not in (".html", ".htm"):
         raise ValueError(f"`path` must end in .html, got {path}. Graphs as JSON are written by `write_graph_json`.")
     view.require_nodes(graph)
     stores = stores or {}
-    if unknown := [hook for hook in stores if hook not in graph.dictionaries]:
-        raise ValueError(
-            f"`stores` must have hook points of the graph's dictionaries, got {unknown[0]!r}; "
-            f"there are {list(graph.dictionaries)[:5]}."
-        )
+    _check_stores(graph, stores)
     books = {hook: LabelStore.open(store) for hook, store in stores.items() if hook not in (labels or {})}
     try:
         names = name_nodes(graph, {**books, **(labels or {})}, token_texts)
@@ -93,6 +89,21 @@ def write_graph_page(
     }
     write_atomic(path, _fill(title or graph.prompt, _lead(graph), data).encode())
     return path
+
+
+def _check_stores(graph: AttributionGraph, stores: Mapping[str, FeatureStore]) -> None:
+    for hook, store in stores.items():
+        if hook not in graph.dictionaries:
+            raise ValueError(
+                f"`stores` must have hook points of the graph's dictionaries, got {hook!r}; "
+                f"there are {list(graph.dictionaries)[:5]}."
+            )
+        own = graph.features[graph.sources == graph.dictionaries.index(hook)]
+        if (largest := int(own.max(initial=-1))) >= store.d_sae:
+            raise ValueError(
+                f"The store of {hook} must be of the graph's dictionary, but it has {store.d_sae} features, got feature "
+                f"{largest}. Give the store that was harvested with this dictionary."
+            )
 
 
 def _fill(title: str, lead: str, data: Mapping[str, Any]) -> str:
