@@ -101,8 +101,8 @@ def _check_stores(graph: AttributionGraph, stores: Mapping[str, FeatureStore]) -
         own = graph.features[graph.sources == graph.dictionaries.index(hook)]
         if (largest := int(own.max(initial=-1))) >= store.d_sae:
             raise ValueError(
-                f"The store of {hook} must be of the graph's dictionary, but it has {store.d_sae} features, got feature "
-                f"{largest}. Give the store that was harvested with this dictionary."
+                f"The store of {hook} must be of the graph's dictionary, but it has {store.d_sae} features, got "
+                f"feature {largest}. Give the store that was harvested with this dictionary."
             )
 
 
@@ -135,6 +135,12 @@ def describe_graph(
     """The data of a graph's page, ready for JSON: nodes by column, edges from the most to the least influential.
 
     `counts` has the number of edges up to each hundredth of influence.
+
+    Args:
+        graph: the graph.
+        names: a text for each node, as `name_nodes` gives it.
+        view: what the page shows at first.
+        influence: share of each node; None computes it.
     """
     nodes, edges = influence_shares(graph)
     shares = nodes if influence is None else influence

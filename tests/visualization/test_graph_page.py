@@ -122,7 +122,7 @@ def test_a_feature_is_shown_with_the_text_of_its_store_and_its_label(tmp_path: P
     data = read_data(write_graph_page(graph, tmp_path / "a.html", stores={hook: store}).read_text())
     assert data["nodes"]["text"][own[0]] == "\u2212 heat" and data["windows"]["1:3:1"] == []
     windows = data["windows"]["1:0:-1"]
-    assert len(windows) == 3 and {center for _, center, _ in windows} == {" cold"}
+    assert len(windows) == 1 and windows[0][1] == " cold", "equal windows are shown once"
     assert windows[0][0].endswith(" hot the") and windows[0][2] == " the" + HOSTILE
     with pytest.raises(ValueError, match=r"`stores` must have hook points .* got 'x'"):
         write_graph_page(graph, tmp_path / "b.html", stores={"x": store})
