@@ -1,1 +1,12 @@
 """Attribution graphs: which features cause which, from a prompt to its answer."""
+
+from typing import TYPE_CHECKING
+
+from saelab._lazy import attach
+
+if TYPE_CHECKING:
+    from saelab.circuits.graph import AttributionGraph as AttributionGraph, SupernodeGraph as SupernodeGraph
+    from saelab.circuits.graph_validation import GraphValidation as GraphValidation, validate as validate
+    from saelab.circuits.tracing import trace as trace
+
+__getattr__, __dir__, __all__ = attach(__name__)
