@@ -6,7 +6,11 @@ from saelab._lazy import attach
 
 if TYPE_CHECKING:
     from saelab.circuits.graph import AttributionGraph as AttributionGraph, SupernodeGraph as SupernodeGraph
-    from saelab.circuits.graph_validation import GraphValidation as GraphValidation, validate as validate
+    from saelab.circuits.graph_validation import (
+        EffectAgreement as EffectAgreement,
+        GraphValidation as GraphValidation,
+        validate as validate,
+    )
     from saelab.circuits.tracing import trace as trace
 
 __getattr__, __dir__, __all__ = attach(__name__)

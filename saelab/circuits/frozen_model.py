@@ -40,10 +40,13 @@ class Freezing(TorchFunctionMode):
     True
     """
 
-    def __init__(self, constants: Sequence[Tensor] | None = None) -> None:
-        """`constants` are those of an earlier forward pass over a prompt of the same length; None computes them."""
+    def __init__(self, constants: Sequence[Tensor] | None = None, n_rows: int = 1) -> None:
+        """`constants` are those of an earlier forward pass over one row of tokens; None computes them. `n_rows` is the
+        number of rows of this pass, all of which have the same constants.
+        """
         super().__init__()
         self.constants: list[Tensor] = []
+        self._n_rows = n_rows
         self._known: Iterator[Tensor] | None = None if constants is None else iter(constants)
 
     def __torch_function__(
@@ -62,7 +65,7 @@ class Freezing(TorchFunctionMode):
             constant = next(self._known, None)
             if constant is None:
                 raise RuntimeError("A model must call the same functions in each forward pass, got more of them.")
-            found = constant
+            found = constant.expand(self._n_rows, *constant.shape[1:]) if self._n_rows > 1 else constant
         self.constants.append(found)
         return found
 
@@ -182,21 +185,22 @@ class FrozenModel:
         return cls(to_model(model, ids), running, dict(zip(names, sites, strict=False)), head)
 
     def forward(
-        self, taps: Sequence[tuple[str, Tap]], constants: Sequence[Tensor] | None = None
-    ) -> tuple[Float[Tensor, "d_vocab"], list[Tensor]]:
+        self, taps: Sequence[tuple[str, Tap]], constants: Sequence[Tensor] | None = None, n_rows: int = 1
+    ) -> tuple[Float[Tensor, "n_rows d_vocab"], list[Tensor]]:
         """Logits after the last token, and the constants.
 
         Args:
             taps: hook point and hook function; those of one place run in this order.
-            constants: of an earlier forward pass; None computes them.
+            constants: of an earlier forward pass over one row; None computes them.
+            n_rows: how many times the prompt is run, each as a row of its own.
         """
-        mode = Freezing(constants)
+        mode = Freezing(constants, n_rows)
         with ExitStack() as stack:
             for name, tap in taps:
                 stack.enter_context(attach(self.sites[name], tap))
             if self.head is not None:
                 stack.enter_context(attach(self.head, lambda x: x[..., -1:, :]))
             with mode:
-                logits = run_as_set(self.running, self.ids)
-        return logits[0, -1].float(), mode.constants
+                logits = run_as_set(self.running, self.ids.expand(n_rows, -1))
+        return logits[:, -1].float(), mode.constants
 

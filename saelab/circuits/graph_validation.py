@@ -1,12 +1,15 @@
 """`validate`: the effects of a graph held against the model, by ablating and by steering its features."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from saelab.circuits.frozen_model import FrozenModel
 from saelab.circuits.graph import AttributionGraph
 from saelab.circuits.linear_effects import FEATURE, Written, read_written
 from saelab.circuits.placement import Dictionaries, place_dictionaries
@@ -15,11 +18,39 @@ from saelab.functional.statistics import correlation, rank_correlation
 from saelab.interventions.edited_runs import EditedRuns, EditRuns
 from saelab.interventions.prompt_metrics import Texts, read_last
 from saelab.lm.model_checks import Model, find_known_ids
+from saelab.lm.unwrapped import Tap
 from saelab.stores.results import Result, format_table
 
 N_SHUFFLES = 99
 ROUNDING = 1e-3
 """largest difference of a code from the graph's, relative to the largest code of its dictionary"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EffectAgreement:
+    """Correlations of a graph's effects with exact ones, in [-1, 1]; higher is better."""
+
+    spearman: float
+    """rank correlation of effects along all paths"""
+    shuffled: float
+    """mean of the same with the graph's effects shuffled among the features of the same token"""
+    shuffled_95: float
+    """what 5 % of the shuffles exceed: what is below is no agreement"""
+    pearson: float
+    """correlation of effects along all paths"""
+    direct: float
+    """rank correlation of the edges into the target alone"""
+    size: float
+    """rank correlation of influence with |exact effect|"""
+    size_shuffled_95: float
+    """what 5 % of the shuffles exceed"""
+
+    def __str__(self) -> str:
+        return (
+            f"Spearman {self.spearman:.3f} (shuffled {self.shuffled:.3f}, 95 % below {self.shuffled_95:.3f}), Pearson "
+            f"{self.pearson:.3f}, edges alone {self.direct:.3f}, by size {self.size:.3f} (95 % below "
+            f"{self.size_shuffled_95:.3f})"
+        )
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -28,24 +59,18 @@ class GraphValidation(Result):
 
     target: str
     """the target's node in words"""
-    spearman: float
-    """rank correlation of the graph's effects along all paths with exact effects, in [-1, 1]; higher is better"""
-    pearson: float
-    """correlation of the same"""
-    direct: float
-    """rank correlation of the edges into the target alone with exact effects"""
-    size: float
-    """rank correlation of influence with |exact effect|"""
-    shuffled: float
-    """mean of `spearman` with the graph's effects shuffled among the features of the same token"""
-    shuffled_95: float
-    """what 5 % of the shuffles exceed: what is below is no agreement"""
+    held: EffectAgreement
+    """agreement with exact effects where attention patterns, norm scales and gates are held at the prompt's, as in the
+    graph, and the model's MLPs respond
+    """
+    live: EffectAgreement
+    """agreement with exact effects where everything responds"""
     factor: float
     """what the codes of the steered features were multiplied by"""
     steered: tuple[int, ...]
     """nodes of the steered features: those of the largest effects"""
     steered_effects: Float[np.ndarray, "n_steered"] = field(repr=False)
-    """change of the target's value by steering each"""
+    """change of the target's value by steering each, patterns and scales held"""
     steered_estimates: Float[np.ndarray, "n_steered"] = field(repr=False)
     """the same by the graph"""
     others: tuple[int, ...]
@@ -55,7 +80,9 @@ class GraphValidation(Result):
     estimates: Float[np.ndarray, "n_nodes"] = field(repr=False)
     """what the target's value loses without the feature, by the graph"""
     exact: Float[np.ndarray, "n_nodes"] = field(repr=False)
-    """the same in the model"""
+    """the same in the model, patterns and scales held"""
+    exact_live: Float[np.ndarray, "n_nodes"] = field(repr=False)
+    """the same where everything responds"""
 
     @property
     def signs(self) -> float:
@@ -65,10 +92,9 @@ class GraphValidation(Result):
 
     def __str__(self) -> str:
         lines = [
-            f"{self.target}: {len(self.nodes):,} features ablated",
-            f"with exact effects: Spearman {self.spearman:.3f} (shuffled {self.shuffled:.3f}, 95 % below "
-            f"{self.shuffled_95:.3f}), Pearson {self.pearson:.3f}; edges alone {self.direct:.3f}, influence by size "
-            f"{self.size:.3f}",
+            f"{self.target}: the {len(self.nodes):,} features of the largest effects ablated",
+            f"patterns and scales held: {self.held}",
+            f"all responds:             {self.live}",
         ]
         rows = [
             ["the largest", str(len(self.steered)), f"{np.abs(self.steered_effects).mean():.3f}", f"{self.signs:.0%}"],
@@ -84,26 +110,27 @@ def validate(
     transcoders: Dictionaries,
     *,
     target: int | None = None,
-    n_ablated: int | None = 1000,
+    n_ablated: int | None = 200,
     n_steered: int = 10,
     factor: float = 2.0,
     seed: int = 0,
     allow_mismatch: bool = False,
     progress: bool = True,
 ) -> GraphValidation:
-    """How well a graph's effects on a logit agree with those in the model itself, where nothing is frozen.
+    """How well a graph's effects on a logit agree with those in the model itself.
 
     Each feature is taken away at its token alone: what it writes is subtracted from the model's own activation, and
-    everything behind it is computed again, the model's MLPs and not the transcoders. `AttributionGraph.effects` of a
-    feature are exact in the frozen model; here they are estimates. Then the features of the largest effects are
-    steered, their codes multiplied, beside others.
+    what is behind it is computed again, with the model's MLPs and not the transcoders. `AttributionGraph.effects` are
+    exact where all else is linear; here they are estimates. That is done twice: with attention patterns and norm scales
+    held at the prompt's, which is what a graph speaks of, and with everything live. Then the features of the largest
+    effects are steered, their codes multiplied, beside others.
 
     Args:
         graph: the graph, pruned or not.
         model: the model it was traced in.
         transcoders: the dictionaries it was traced with.
         target: node of a logit; None is the target of the largest weight.
-        n_ablated: features that are ablated, drawn at random where the graph has more; None is all.
+        n_ablated: features that are ablated, those of the largest effects by the graph; None is all.
         n_steered: features that are steered.
         factor: what their codes are multiplied by.
         seed: seed of what is drawn and shuffled.
@@ -117,40 +144,53 @@ def validate(
     target = int(np.argmax(graph.start)) if target is None else target
     if not 0 <= target < len(graph) or not graph.is_kind("logit")[target]:
         raise ValueError(f"`target` must be the node of a logit to be validated, got {target}.")
-    rng = np.random.default_rng(seed)
-    nodes = np.flatnonzero(graph.is_kind("feature"))
-    if not len(nodes):
+    features = np.flatnonzero(graph.is_kind("feature"))
+    if not len(features):
         raise ValueError("A graph must have features to be validated, got none.")
-    if n_ablated is not None and len(nodes) > n_ablated:
-        nodes = np.sort(rng.choice(nodes, n_ablated, replace=False))
-    ablation = _Ablation.make(graph, model, transcoders, allow_mismatch, target, "ablated" if progress else None)
-    effects, exact = graph.effects(target), -ablation.run(nodes, -1.0)
-    estimates = effects[nodes]
-    edges = graph.edge_targets == target
-    direct = np.bincount(graph.edge_sources[edges], graph.edge_weights[edges], len(graph))[nodes]
-    shuffles = [estimates[permute_within(graph.positions[nodes], rng)] for _ in range(N_SHUFFLES)]
-    nulls = [rank_correlation(one, exact) for one in shuffles]
-    every = np.flatnonzero(graph.is_kind("feature"))
-    top = every[np.argsort(-np.abs(effects[every]), kind="stable")[:n_steered]]
-    rest = np.setdiff1d(every, top)
-    others = np.sort(rng.choice(rest, min(n_steered, len(rest)), replace=False))
+    effects, rng = graph.effects(target), np.random.default_rng(seed)
+    ranked = features[np.argsort(-np.abs(effects[features]), kind="stable")]
+    nodes, top = np.sort(ranked[:n_ablated]), ranked[:n_steered]
+    others = np.sort(rng.choice(ranked[n_steered:], min(n_steered, len(ranked[n_steered:])), replace=False))
+    ablation = _Ablation.make(graph, model, transcoders, allow_mismatch, target, progress)
+    exact, exact_live = -ablation.run(nodes, -1.0, held=True), -ablation.run(nodes, -1.0, held=False)
     return GraphValidation(
         target=graph.describe(target),
-        spearman=rank_correlation(estimates, exact),
-        pearson=correlation(estimates, exact),
-        direct=rank_correlation(direct, exact),
-        size=rank_correlation(graph.influence[nodes], np.abs(exact)),
-        shuffled=float(np.mean(nulls)),
-        shuffled_95=float(np.quantile(nulls, 0.95)),
+        held=_compare(graph, target, nodes, effects[nodes], exact, rng),
+        live=_compare(graph, target, nodes, effects[nodes], exact_live, rng),
         factor=factor,
         steered=tuple(top.tolist()),
-        steered_effects=ablation.run(top, factor - 1),
+        steered_effects=ablation.run(top, factor - 1, held=True),
         steered_estimates=(factor - 1) * effects[top],
         others=tuple(others.tolist()),
-        other_effects=ablation.run(others, factor - 1),
+        other_effects=ablation.run(others, factor - 1, held=True),
         nodes=nodes,
-        estimates=estimates,
+        estimates=effects[nodes],
         exact=exact,
+        exact_live=exact_live,
+    )
+
+
+def _compare(
+    graph: AttributionGraph,
+    target: int,
+    nodes: Int[np.ndarray, "n"],
+    estimates: Float[np.ndarray, "n"],
+    exact: Float[np.ndarray, "n"],
+    rng: np.random.Generator,
+) -> EffectAgreement:
+    edges = graph.edge_targets == target
+    direct = np.bincount(graph.edge_sources[edges], graph.edge_weights[edges], len(graph))[nodes]
+    influence, sizes = graph.influence[nodes], np.abs(exact)
+    orders = [permute_within(graph.positions[nodes], rng) for _ in range(N_SHUFFLES)]
+    nulls = [rank_correlation(estimates[order], exact) for order in orders]
+    return EffectAgreement(
+        spearman=rank_correlation(estimates, exact),
+        shuffled=float(np.mean(nulls)),
+        shuffled_95=float(np.quantile(nulls, 0.95)),
+        pearson=correlation(estimates, exact),
+        direct=rank_correlation(direct, exact),
+        size=rank_correlation(influence, sizes),
+        size_shuffled_95=float(np.quantile([rank_correlation(influence[order], sizes) for order in orders], 0.95)),
     )
 
 
@@ -160,9 +200,12 @@ class _Ablation:
 
     graph: AttributionGraph
     runs: EditedRuns
+    read: Callable[[Tensor], Tensor]
+    """from logits (batch, d_vocab) to the target's value (batch,)"""
+    frozen: FrozenModel
     written: dict[str, Written]
     """by hook point"""
-    progress: str | None
+    progress: bool
 
     @classmethod
     def make(
@@ -172,37 +215,55 @@ class _Ablation:
         transcoders: Dictionaries,
         allow_mismatch: bool,
         target: int,
-        progress: str | None,
+        progress: bool,
     ) -> "_Ablation":
         placement = place_dictionaries(model, transcoders, allow_missing=True, allow_mismatch=allow_mismatch)
         points = tuple(one.write for one in placement.dictionaries)
         if points != graph.dictionaries:
             raise ValueError(f"The dictionaries must be the graph's, {list(graph.dictionaries)}, got {list(points)}.")
         ids = torch.from_numpy(graph.token_ids)[None]
-        texts = Texts(ids, torch.tensor([ids.shape[1]]))
         token, known = int(graph.features[target]), find_known_ids(model).nonzero()[:, 0]
 
-        def read(logits: Tensor, texts: Texts, rows: Tensor) -> Tensor:
-            last = read_last(logits, texts, rows).double()
-            return last[:, token] - last[:, known.to(last.device)].mean(1)
+        def read(logits: Tensor) -> Tensor:
+            wide = logits.double()
+            return wide[:, token] - wide[:, known.to(wide.device)].mean(1)
 
+        texts = Texts(ids, torch.tensor([ids.shape[1]]))
+        runs = EditedRuns(model, texts, lambda logits, texts, rows: read(read_last(logits, texts, rows)))
         written = {one.point: one for one in read_written(model, ids, placement) if one.dictionary is not None}
-        return cls(graph, EditedRuns(model, texts, read), written, progress)
+        return cls(graph, runs, read, FrozenModel.make(model, ids, points), written, progress)
 
-    def run(self, nodes: Int[np.ndarray, "n"], factor: float) -> Float[np.ndarray, "n"]:
-        """Change of the target's value when `factor` times what each feature writes is added."""
+    @cached_property
+    def clean(self) -> tuple[float, list[Tensor]]:
+        """The target's value, and the constants of the prompt."""
+        logits, constants = self.frozen.forward([])
+        return float(self.read(logits)[0]), constants
+
+    @torch.no_grad()
+    def run(self, nodes: Int[np.ndarray, "n"], factor: float, *, held: bool) -> Float[np.ndarray, "n"]:
+        """Change of the target's value when `factor` times what each feature writes is added; with `held`, patterns
+        and scales stay those of the prompt.
+        """
         found = np.zeros(len(nodes))
-        clean = float(self.runs.run()[0])
         for source, point in enumerate(self.graph.dictionaries):
             own = np.flatnonzero(self.graph.sources[nodes] == source)
             if not len(own):
                 continue
             vectors = factor * self._find_vectors(self.written[point], nodes[own])
-            positions = torch.from_numpy(self.graph.positions[nodes[own]])
-            edit = _make_edit(vectors, positions)
-            rows = torch.zeros(len(own), dtype=torch.long)
-            found[own] = self.runs.run({point: edit}, rows, progress=self.progress).numpy() - clean
+            edit = _make_edit(vectors, torch.from_numpy(self.graph.positions[nodes[own]]))
+            if held:
+                parts = torch.arange(len(own)).split(self.runs.batch_size)
+                values = torch.cat([self._run_held(point, edit, part) for part in parts])
+            else:
+                rows = torch.zeros(len(own), dtype=torch.long)
+                values = self.runs.run({point: edit}, rows, progress="ablated" if self.progress else None)
+            found[own] = values.cpu().numpy() - self.clean[0]
         return found
+
+    def _run_held(self, point: str, edit: EditRuns, runs: Int[Tensor, "batch"]) -> Float[Tensor, "batch"]:
+        taps: list[tuple[str, Tap]] = [(point, lambda x: edit(x.clone(), runs))]
+        logits, _ = self.frozen.forward(taps, self.clean[1], len(runs))
+        return self.read(logits)
 
     def _find_vectors(self, one: Written, nodes: Int[np.ndarray, "n"]) -> Float[Tensor, "n d"]:
         """What the features write; ValueError where they do not fire as the graph says."""

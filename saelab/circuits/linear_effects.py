@@ -191,13 +191,12 @@ class LinearEffects:
             written: (n, d) by place.
             constants: of an earlier pass; None computes them.
         """
-        centered: dict[int, Tensor] = {}
         read = [_Reading(one, x) for one, x in zip(self.written, written, strict=True)]
         taps: list[tuple[str, Tap]] = [(one.point, reading.write) for one, reading in zip(self.written, read, strict=True)]
         taps += [(r.dictionary.read, r.keep) for r in read if r.dictionary and r.dictionary.sae.cfg.d_out is not None]
         logits, found = self.frozen.forward(taps, constants)
         centered = {i: reading.centered for i, reading in enumerate(read) if reading.centered is not None}
-        return Readings(centered, logits, found)
+        return Readings(centered, logits[0], found)
 
     def values(self, targets: Targets, readings: Readings) -> Float[np.ndarray, "n_targets"]:
         """Pre-activations, or logits less the mean of all."""
