@@ -17,7 +17,8 @@ def make_graph(
     seed: int = 0,
     **changed: Any,
 ) -> AttributionGraph:
-    """A graph with an embedding and, at each layer, an MLP error and bias for every token, and three logits.
+    """A graph with an embedding and, at each layer, an MLP error and bias for every token, the model's bias, and three
+    logits.
 
     Each layer has a dictionary of attention's output and one of the MLP's; a third of the codes are negative. Edges are
     drawn among all pairs whose source is of a lower place, and `values` are their sums.
@@ -27,6 +28,7 @@ def make_graph(
     last, rows = len(tokens) - 1, []  # kind, layer, position, source, feature, activation
     ids = rng.permutation(1000)[: len(tokens) + 3].tolist()
     rows += [("embedding", -1, i, -1, ids[i], 1.0) for i in range(len(tokens))]
+    rows.append(("bias", -1, 0, -1, -1, 1.0))
     for source in range(2 * n_layers):
         layer = source // 2
         if source % 2:
@@ -42,7 +44,7 @@ def make_graph(
     rows += [("logit", n_layers, last, -1, ids[len(tokens) + i], p) for i, p in enumerate((0.5, 0.25, 0.125))]
     kinds, layers, positions, sources, features, activations = (np.array(column) for column in zip(*rows, strict=True))
     numbers = np.array([KINDS.index(kind) for kind in kinds])
-    place = np.where(kinds == "embedding", -1, np.where(kinds == "logit", 2 * n_layers, sources))
+    place = np.where(layers < 0, -1, np.where(kinds == "logit", 2 * n_layers, sources))
     before = (place[:, None] < place[None, :]) & np.isin(kinds, ("feature", "logit"))[None, :]
     before &= positions[:, None] <= positions[None, :]
     starts, ends = np.nonzero(before)
@@ -55,5 +57,9 @@ def make_graph(
         "activations": activations.astype(np.float32),
         "values": np.bincount(ends, weights, len(rows)).astype(np.float32), "edge_sources": starts,
         "edge_targets": ends, "edge_weights": weights,
+        "target_weights": np.where(kinds == "logit", activations, 0).astype(np.float32),
+        "slopes": rng.uniform(0.5, 1, len(rows)).astype(np.float32),
+        "logit_tokens": (" he said \"hm\"", "\n", " b (p=1)"),
+        "completeness_error": 1e-6, "n_left_out": 3,
     }  # fmt: skip
     return AttributionGraph(**fields | changed)

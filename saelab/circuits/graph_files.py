@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
-from saelab.circuits.graph import KINDS, AttributionGraph, NodeKind
+from saelab.circuits.graph import AttributionGraph, NodeKind
 from saelab.circuits.graph_views import (
     GraphView,
     NodeLabels,
@@ -67,7 +67,6 @@ def write_graph_json(
     *,
     labels: NodeLabels | None = None,
     view: GraphView | None = None,
-    token_texts: Mapping[int, str] | None = None,
     slug: str = "",
     scan: str = "",
     influence: Float[np.ndarray, "n_nodes"] | None = None,
@@ -87,7 +86,6 @@ def write_graph_json(
         path: file to write; Neuronpedia takes at most 100 MiB.
         labels: for each hook point of the graph's dictionaries, texts by feature or a label store.
         view: pins, supernodes, thresholds and names given by hand.
-        token_texts: text by token id, for logits; those of the prompt's tokens are known without it.
         slug: name of the graph, of letters, digits, ".", "_" and "-"; empty takes that of the file.
         scan: name of the model at Neuronpedia, such as gemma-2-2b, of the same characters; empty takes the graph's.
         influence: share of each node, as `influence_shares` computes it from the whole graph before it was pruned; None
@@ -112,10 +110,10 @@ def write_graph_json(
     if influence is None:
         influence = influence_shares(graph)[0]
     ids = make_node_ids(graph)
-    texts = name_nodes(graph, labels, token_texts)
+    texts = name_nodes(graph, labels)
     kept = [i for i in range(len(ids)) if biases or kind_of(graph, i) != "bias"]
     known = {ids[i] for i in kept}
-    sources, targets, weights = graph.edge_sources.tolist(), graph.edge_targets.tolist(), graph.edge_weights.tolist()
+    sources, targets, weights = graph.edge_sources.tolist(), graph.edge_targets.tolist(), shorten(graph.edge_weights)
     links = [
         {"source": ids[source], "target": ids[target], "weight": weight}
         for source, target, weight in zip(sources, targets, weights, strict=True)
@@ -161,6 +159,8 @@ def _describe(
             "model": shareable(graph.model),
             "token_ids": graph.token_ids.tolist(),
             "n_layers": n_layers,
+            "completeness_error": graph.completeness_error,
+            "n_left_out": graph.n_left_out,
         },
     }
 
@@ -170,7 +170,8 @@ def make_node_ids(graph: AttributionGraph) -> list[str]:
 
     layer_latent_position for features of the layer's first dictionary outside of attention, as in circuit-tracer;
     layer_dN_latent_position for those of further dictionaries at the layer, of index N; layer_error_dN_position,
-    layer_bias_dN_position, E_token_position and, one layer above circuit-tracer's top, layer_token_position.
+    layer_bias_dN_position, with E for the layer of the model's biases; E_token_position; and for logits, whose layer is
+    n_layers + 1 as in circuit-tracer, layer_token_position.
 
     circuit-tracer gives the error of layer L the id 0_L_position, which is also that of latent L of layer 0: with such
     ids links of one are taken for links of the other.
@@ -190,7 +191,8 @@ def make_node_ids(graph: AttributionGraph) -> list[str]:
         elif kind == "logit":
             found.append(f"{layer + 1}_{feature}_{position}")
         elif kind != "feature":
-            found.append(f"{layer}_{kind}_d{source}_{position}")
+            of = f"d{source}" if source >= 0 else "model"
+            found.append(f"{_name_layer(layer)}_{kind}_{of}_{position}")
         else:
             tag = "" if main[layer] == source else f"d{source}_"
             found.append(f"{layer}_{tag}{feature}_{position}")
@@ -200,18 +202,30 @@ def make_node_ids(graph: AttributionGraph) -> list[str]:
     return found
 
 
+def _name_layer(layer: int) -> str:
+    return str(layer) if layer >= 0 else "E"
+
+
+def shorten(values: Float[np.ndarray, "n"]) -> list[float]:
+    """Numbers as float32, with as few digits as tell them apart.
+
+    >>> shorten(np.array([0.1], np.float32))
+    [0.1]
+    """
+    return [float(text) for text in values.astype(np.float32).astype(str)]
+
+
 def _write_node(
     graph: AttributionGraph, i: int, node_id: str, text: str, given: str | None, influence: float
 ) -> dict[str, Any]:
     kind, layer = kind_of(graph, i), int(graph.layers[i])
     position, latent = int(graph.positions[i]), int(graph.features[i])
-    activation = float(graph.activations[i])
-    logits = graph.activations[graph.kinds == KINDS.index("logit")]
-    first = kind == "logit" and not (logits > graph.activations[i]).any()
+    activation, value = shorten(np.array([graph.activations[i], graph.values[i]]))
+    first = kind == "logit" and not (graph.activations[graph.is_kind("logit")] > graph.activations[i]).any()
     made = {
         "node_id": node_id,
         "feature": pair(layer, latent) if kind == "feature" else {"embedding": position, "logit": latent}.get(kind, -1),
-        "layer": {"embedding": "E", "logit": str(layer + 1)}.get(kind, str(layer)),
+        "layer": str(layer + 1) if kind == "logit" else _name_layer(layer),
         "ctx_idx": position,
         "feature_type": _name_type(graph, i),
         "token_prob": activation if kind == "logit" else 0.0,
@@ -225,7 +239,12 @@ def _write_node(
     }
     if kind not in ("embedding", "logit"):
         made["dictionary"] = int(graph.sources[i])
-    return made | ({"value": float(graph.values[i])} if kind in ("feature", "logit") else {})
+    if kind in ("feature", "logit"):
+        made["value"] = value
+    for name, own in (("slope", graph.slopes), ("target_weight", graph.target_weights)):
+        if own is not None:
+            made[name] = shorten(own[i : i + 1])[0]
+    return made
 
 
 def _name_type(graph: AttributionGraph, i: int) -> str:

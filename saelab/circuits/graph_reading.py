@@ -39,8 +39,6 @@ class GraphFile(Result):
     node_ids: tuple[str, ...]
     influence: Float[np.ndarray, "n_nodes"] = field(repr=False)
     """see `influence_shares`; NaN where the file has none"""
-    token_texts: Mapping[int, str]
-    """text of each logit's token, by its id"""
     metadata: Mapping[str, Any] = field(repr=False)
     """all of the file's metadata"""
 
@@ -151,8 +149,8 @@ def _build(plain: dict[str, Any]) -> GraphFile:
     rank[order] = np.arange(len(order))
     starts, ends = (rank[np.array([edge[side] for edge in edges], dtype=np.int64)] for side in (0, 1))
     weights = np.array([edge[2] for edge in edges], dtype=np.float64)
-    sums = np.bincount(ends, weights, len(nodes)).tolist()
-    values = [_number(node.plain, "value") for node in nodes]
+    sums, values = np.bincount(ends, weights, len(nodes)), _numbers(nodes, "value")
+    slopes, targets = _numbers(nodes, "slope"), _numbers(nodes, "target_weight")
     graph = AttributionGraph(
         prompt=_take(metadata, "prompt", str),
         tokens=tokens,
@@ -164,11 +162,16 @@ def _build(plain: dict[str, Any]) -> GraphFile:
         positions=_column([node.position for node in nodes]),
         sources=_column([node.source for node in nodes]),
         features=_column([node.latent for node in nodes]),
-        activations=np.array([node.activation for node in nodes], dtype=np.float64),
-        values=np.array([total if np.isnan(value) else value for value, total in zip(values, sums, strict=True)]),
+        activations=np.array([node.activation for node in nodes], dtype=np.float32),
+        values=np.where(np.isnan(values), sums, values).astype(np.float32),
         edge_sources=starts,
         edge_targets=ends,
-        edge_weights=weights,
+        edge_weights=weights.astype(np.float32),
+        target_weights=None if np.isnan(targets).any() else targets.astype(np.float32),
+        slopes=None if np.isnan(slopes).any() else slopes.astype(np.float32),
+        logit_tokens=tuple(_read_token(node) for node in nodes if node.kind == "logit"),
+        completeness_error=_number(own, "completeness_error"),
+        n_left_out=_take(own, "n_left_out", int, 0),
     )
     named = {i: node.label for i, node in enumerate(nodes) if node.label}
     params: dict[str, Any] = _take(plain, "qParams", dict, {})
@@ -182,8 +185,7 @@ def _build(plain: dict[str, Any]) -> GraphFile:
         slug=_take(metadata, "slug", str),
         scan=_take(metadata, "scan", str),
         node_ids=tuple(node.plain["node_id"] for node in nodes),
-        influence=np.array([_number(node.plain, "influence") for node in nodes], dtype=np.float64),
-        token_texts=_read_token_texts(nodes),
+        influence=_numbers(nodes, "influence"),
         metadata=metadata,
     )
 
@@ -224,14 +226,16 @@ def _read_layers(nodes: list[dict[str, Any]], kinds: list[NodeKind], own: dict[s
             tops += [int(text)] if text.isdecimal() else []
         elif text.isdecimal():
             inside.append(int(text))
-        else:
+        elif not (kind == "bias" and text == "E"):  # the model's own, of no layer
             raise ValueError(f"node {node['node_id']} has the layer {text!r}, which is no number")
     n_layers = max(inside) + 1
     if tops and max(tops) > n_layers:  # circuit-tracer has logits one above the number of layers, others at it
         n_layers = max(tops) - 1
     n_layers = _take(own, "n_layers", int, n_layers)
-    fixed = {"embedding": -1, "logit": n_layers}
-    return [fixed[kind] if kind in fixed else int(str(node["layer"])) for node, kind in zip(nodes, kinds, strict=True)]
+    return [
+        n_layers if kind == "logit" else -1 if kind == "embedding" or node["layer"] == "E" else int(str(node["layer"]))
+        for node, kind in zip(nodes, kinds, strict=True)
+    ]
 
 
 def _read_latent(node: dict[str, Any], kind: NodeKind, layer: int, position: int, paired: bool) -> int:
@@ -319,14 +323,10 @@ def _read_token_ids(own: dict[str, Any], nodes: list[_Read], n_tokens: int) -> I
     return _column(given)
 
 
-def _read_token_texts(nodes: list[_Read]) -> dict[int, str]:
-    texts = {}
-    for node in nodes:
-        if node.kind == "logit":
-            said = LOGIT_TEXT.fullmatch(_take(node.plain, "clerp", str, ""))
-            text = _take(node.plain, "token", str, said["token"] if said else "")
-            texts.update({node.latent: text} if text else {})
-    return texts
+def _read_token(node: _Read) -> str:
+    """The text of a logit's token."""
+    said = LOGIT_TEXT.fullmatch(_take(node.plain, "clerp", str, ""))
+    return _take(node.plain, "token", str, said["token"] if said else f"<{node.latent}>")
 
 
 # ---- links
@@ -442,6 +442,10 @@ def _number(plain: dict[str, Any], name: str) -> float:
     if not isinstance(value, int | float) or isinstance(value, bool):
         raise ValueError(f"`{name}` must be a number, but it is {str(value)[:40]!r} ({_name_owner(plain)})")
     return float(value)
+
+
+def _numbers(nodes: list[_Read], name: str) -> Float[np.ndarray, "n_nodes"]:
+    return np.array([_number(node.plain, name) for node in nodes], dtype=np.float64)
 
 
 def _column(numbers: list[int]) -> Int[np.ndarray, "n"]:

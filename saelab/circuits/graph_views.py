@@ -104,28 +104,20 @@ def reads_attention(hook_point: str) -> bool:
     return any(part in hook_point for part in ATTENTION)
 
 
-def name_nodes(
-    graph: AttributionGraph, labels: NodeLabels | None = None, token_texts: Mapping[int, str] | None = None
-) -> list[str]:
+def name_nodes(graph: AttributionGraph, labels: NodeLabels | None = None) -> list[str]:
     """A text for each node: labels of features, tokens of embeddings and logits; empty for all others.
 
     A feature with a negative code has the label of its negative side, or else that of the whole feature behind a minus
-    sign; one with a positive code that of its positive side, or else that of the whole feature.
-
-    Args:
-        graph: the graph.
-        labels: for each hook point of its dictionaries, texts by feature or a label store; hook points may be missing.
-        token_texts: text by token id, for logits; those of the prompt's tokens are known without it.
-
-    Raises:
-        ValueError: `labels` has a hook point of none of the graph's dictionaries.
+    sign; one with a positive code that of its positive side, or else that of the whole feature. `labels` has texts by
+    feature or a label store for each hook point of the graph's dictionaries; hook points may be missing. ValueError for
+    a hook point of none of them.
     """
     if unknown := [hook for hook in labels or {} if hook not in graph.dictionaries]:
         raise ValueError(
             f"`labels` must have hook points of the graph's dictionaries, got {unknown[0]!r}; "
             f"there are {list(graph.dictionaries)[:5]}."
         )
-    texts = dict(zip(graph.token_ids.tolist(), graph.tokens, strict=True)) | dict(token_texts or {})
+    logits = dict(zip(np.flatnonzero(graph.is_kind("logit")).tolist(), graph.logit_tokens, strict=False))
     named = {
         hook: _name_features(graph, i, (labels or {})[hook])
         for i, hook in enumerate(graph.dictionaries)
@@ -138,7 +130,7 @@ def name_nodes(
         if kind == "embedding":
             text = graph.tokens[int(graph.positions[node])]
         elif kind == "logit":
-            text = texts.get(feature, f"token {feature}")
+            text = logits.get(node, f"token {feature}")
         elif kind == "feature" and graph.dictionaries[source] in named:
             text = named[graph.dictionaries[source]](feature, -1 if graph.activations[node] < 0 else 1)
         found.append(text)
@@ -150,7 +142,7 @@ def _name_features(graph: AttributionGraph, source: int, labels: Mapping[int, st
     if isinstance(labels, Mapping):
         sides = {(int(feature), 0): text for feature, text in labels.items()}
     else:
-        own = (graph.sources == source) & (graph.kinds == KINDS.index("feature"))
+        own = (graph.sources == source) & graph.is_kind("feature")
         wanted = sorted(set(graph.features[own].tolist()))
         rows = [row for row in labels.shown(wanted) if row.kind != "none"]
         sides = {(row.feature, row.sign): row.text for row in rows}
@@ -163,27 +155,17 @@ def _name_features(graph: AttributionGraph, source: int, labels: Mapping[int, st
 
 
 def influence_shares(graph: AttributionGraph) -> tuple[Float[np.ndarray, "n_nodes"], Float[np.ndarray, "n_edges"]]:
-    """For each node and each edge, the share of all influence on the logits that those at least as influential have.
+    """For each node and each edge, the share of all influence that it and those with more influence have together.
 
-    With the shares Â_ts of a target's inputs, |A_ts| / sum_s |A_ts|, and the logits' probabilities w: a node's
-    influence is I = w(Â + Â² + ...), an edge's Â_ts (I_t + w_t). Nodes or edges up to a share of .8 are the fewest that
-    together have .8 of it. Where no logit's probability is known, all count the same. Pages of circuit-tracer and
-    Neuronpedia hide nodes by this share.
+    Nodes are ranked by `influence`, edges as in `prune`: by their share of the target's inputs, times the target's
+    influence and weight. Nodes up to a share of .8 are the most influential ones that have at most .8 of it; pages of
+    circuit-tracer and Neuronpedia hide nodes by this number. It is 0 for targets, 1 for biases.
     """
-    n = len(graph.kinds)
-    sizes = np.abs(graph.edge_weights.astype(np.float64))
-    totals = np.bincount(graph.edge_targets, sizes, n)
-    parts = np.divide(sizes, totals[graph.edge_targets], out=np.zeros_like(sizes), where=sizes > 0)
-    start = np.where(graph.kinds == KINDS.index("logit"), np.nan_to_num(graph.activations.astype(np.float64)), 0.0)
-    if not start.any():
-        start = (graph.kinds == KINDS.index("logit")).astype(np.float64)
-    influence, current = np.zeros(n), start
-    for _ in range(n):  # an acyclic graph has no longer path
-        current = np.bincount(graph.edge_sources, current[graph.edge_targets] * parts, n)
-        influence += current
-        if not current.any():
-            break
-    return _cumulate(influence), _cumulate(parts * (influence + start)[graph.edge_targets])
+    inputs = ~graph.is_kind("bias")[graph.edge_sources]
+    parts = graph.edges[inputs].normalized()
+    scores = np.zeros(len(inputs))
+    scores[inputs] = parts.weights * (graph.influence + graph.start)[parts.targets]
+    return np.where(graph.start > 0, 0.0, _cumulate(graph.influence)), _cumulate(scores)
 
 
 def _cumulate(scores: Float[np.ndarray, "n"]) -> Float[np.ndarray, "n"]:

@@ -43,7 +43,6 @@ def write_graph_page(
     labels: NodeLabels | None = None,
     stores: Mapping[str, FeatureStore] | None = None,
     view: GraphView | None = None,
-    token_texts: Mapping[int, str] | None = None,
     influence: Float[np.ndarray, "n_nodes"] | None = None,
     title: str = "",
 ) -> Path:
@@ -62,7 +61,6 @@ def write_graph_page(
         stores: for each hook point, the feature store of its dictionary: the clicked feature is shown with the text
             that it fires on most, and its chosen labels are taken where `labels` has none.
         view: what the page shows at first.
-        token_texts: text by token id, for logits; those of the prompt's tokens are known without it.
         influence: share of each node, as `influence_shares` computes it from the whole graph before it was pruned; None
             computes it from this one.
         title: title of the page; empty takes the prompt.
@@ -79,7 +77,7 @@ def write_graph_page(
     _check_stores(graph, stores)
     books = {hook: LabelStore.open(store) for hook, store in stores.items() if hook not in (labels or {})}
     try:
-        names = name_nodes(graph, {**books, **(labels or {})}, token_texts)
+        names = name_nodes(graph, {**books, **(labels or {})})
     finally:
         for book in books.values():
             book.close()
@@ -124,7 +122,7 @@ def _fill(title: str, lead: str, data: Mapping[str, Any]) -> str:
 
 
 def _lead(graph: AttributionGraph) -> str:
-    kinds = {kind: int((graph.kinds == i).sum()) for i, kind in enumerate(KINDS)}
+    kinds = {kind: int(graph.is_kind(kind).sum()) for kind in KINDS}
     counted = ", ".join(f"{n:,} {kind}{'' if n == 1 else 'es' if kind == 'bias' else 's'}" for kind, n in kinds.items())
     return f"Attribution graph of {shareable(graph.model)}: {counted}; {len(graph.edge_weights):,} direct effects."
 
@@ -149,7 +147,7 @@ def describe_graph(
     return {
         "tokens": list(graph.tokens),
         "dictionaries": list(graph.dictionaries),
-        "parts": [re.sub(r"^blocks\.\d+\.(hook_)?", "", hook) for hook in graph.dictionaries],
+        "parts": [name_place(hook) for hook in graph.dictionaries],
         "attention": [reads_attention(hook) for hook in graph.dictionaries],
         "nodes": {
             "id": ids,
@@ -173,6 +171,15 @@ def describe_graph(
     }
 
 
+def name_place(hook_point: str) -> str:
+    """What a hook point is called beside its layer.
+
+    >>> name_place("blocks.3.mlp.hook_out"), name_place("blocks.3.hook_attn_out")
+    ('mlp out', 'attn out')
+    """
+    return re.sub(r"^blocks\.\d+\.(hook_)?", "", hook_point).replace(".hook_", " ").replace("_", " ")
+
+
 def _shorten(values: Float[np.ndarray, "n"]) -> list[float | None]:
     """Numbers with few digits; None for NaN and infinities."""
     return [float(f"{x:.{DIGITS}g}") if np.isfinite(x) else None for x in values.tolist()]
@@ -181,7 +188,7 @@ def _shorten(values: Float[np.ndarray, "n"]) -> list[float | None]:
 def _find_windows(graph: AttributionGraph, stores: Mapping[str, FeatureStore]) -> dict[str, list[list[str]]]:
     """For each feature and sign of the graph, the text around its largest codes: before, the token, and after."""
     found: dict[str, list[list[str]]] = {}
-    for i in np.flatnonzero(graph.kinds == KINDS.index("feature")).tolist():
+    for i in np.flatnonzero(graph.is_kind("feature")).tolist():
         source, feature = int(graph.sources[i]), int(graph.features[i])
         sign = -1 if graph.activations[i] < 0 else 1
         key = f"{source}:{feature}:{sign}"
@@ -278,14 +285,15 @@ class _Drawing:
 
     def _node(self, i: int) -> str:
         kind, x, y = kind_of(self.graph, i), self.x[i], self.y[i]
-        name = _name_briefly(self.graph, i)
+        code = f", code {float(self.graph.activations[i]):+.3g}" if kind == "feature" else ""
         shape = {
             "feature": f'<circle cx="{x:.0f}" cy="{y:.0f}" r="{NODE}"',
             "error": f'<path d="M{x:.0f},{y - 5:.0f}l5,5l-5,5l-5,-5z"',
             "bias": f'<path d="M{x - 5:.0f},{y:.0f}h10m-5,-5v10"',
         }.get(kind, f'<rect x="{x - NODE:.1f}" y="{y - NODE:.1f}" width="{2 * NODE}" height="{2 * NODE}"')
         paint = 'fill="none"' if kind == "bias" else f'fill="{"#848e99" if kind == "error" else "#37919a"}"'
-        return f'{shape} {paint} stroke="currentColor" stroke-width=".8"><title>{escape(name)}</title></{_tag(shape)}>'
+        said = escape(self.graph.describe(i) + code)
+        return f'{shape} {paint} stroke="currentColor" stroke-width=".8"><title>{said}</title></{_tag(shape)}>'
 
 
 def _tag(shape: str) -> str:
@@ -294,7 +302,7 @@ def _tag(shape: str) -> str:
 
 def _choose(graph: AttributionGraph, shares: Float[np.ndarray, "n_nodes"]) -> Bool[np.ndarray, "n_nodes"]:
     """At most `N_DRAWN` nodes: logits first, then the most influential."""
-    ranked = np.where(graph.kinds == KINDS.index("logit"), -1.0, shares)
+    ranked = np.where(graph.is_kind("logit"), -1.0, shares)
     chosen = np.zeros(len(shares), dtype=bool)
     chosen[np.argsort(ranked, kind="stable")[:N_DRAWN]] = True
     return chosen
@@ -304,19 +312,8 @@ def _name_row(graph: AttributionGraph, i: int) -> str:
     kind = kind_of(graph, i)
     if kind in ("embedding", "logit"):
         return {"embedding": "tokens", "logit": "logits"}[kind]
-    hook = graph.dictionaries[int(graph.sources[i])] if graph.sources[i] >= 0 else f"layer {int(graph.layers[i])}"
-    return re.sub(r"^blocks\.(\d+)\.(hook_)?", r"L\1 ", hook)
-
-
-def _name_briefly(graph: AttributionGraph, i: int) -> str:
-    """One line on a node, without labels."""
-    kind, token = kind_of(graph, i), graph.tokens[int(graph.positions[i])]
-    if kind == "feature":
-        code = f"{float(graph.activations[i]):+.3g}"
-        return f"feature {int(graph.features[i])} of {_name_row(graph, i)} at {token!r}: {code}"
-    if kind == "logit":
-        return f"logit of token {int(graph.features[i])}: p = {float(graph.activations[i]):.3g}"
-    return f"{kind} at {token!r}" + (f", {_name_row(graph, i)}" if kind != "embedding" else "")
+    place = name_place(graph.dictionaries[int(graph.sources[i])]) if graph.sources[i] >= 0 else ""
+    return f"L{int(graph.layers[i])} {place}".strip() if graph.layers[i] >= 0 else "tokens"
 
 
 def _cut(text: str) -> str:

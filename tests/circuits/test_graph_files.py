@@ -70,21 +70,17 @@ def test_all_of_a_graph_comes_back(tmp_path: Path, seed: int) -> None:
         clicked=features[1], link_type="input", positions="0 500 1000 20", node_threshold=0.75, edge_threshold=0.5,
         labels={features[0]: "first", features[5]: "\u2212 fifth"},
     )  # fmt: skip
-    texts = {int(graph.features[-1]): ' say "hm" (p=0.5)', int(graph.features[-2]): "\n"}
     shares = np.linspace(0, 1, len(graph.kinds))
-    path = write_graph_json(
-        graph, tmp_path / "a.json", view=view, token_texts=texts, slug="my-graph", scan="tiny", influence=shares
-    )
+    path = write_graph_json(graph, tmp_path / "a.json", view=view, slug="my-graph", scan="tiny", influence=shares)
     found = read_graph_file(path)
     same(graph, found.graph)
     same(graph, read_graph_json(path))
     assert found.view == view
     assert (found.slug, found.scan, list(found.node_ids)) == ("my-graph", "tiny", make_node_ids(graph))
-    assert {i: found.token_texts[i] for i in texts} == texts
     logits = graph.kinds == LOGIT
     assert np.array_equal(found.influence[~logits], shares[~logits]) and np.isnan(found.influence[logits]).all()
     again = write_graph_json(
-        found.graph, tmp_path / "b.json", view=found.view, token_texts=found.token_texts, slug=found.slug,
+        found.graph, tmp_path / "b.json", view=found.view, slug=found.slug,
         scan=found.scan, influence=found.influence,
     )  # fmt: skip
     assert again.read_bytes() == path.read_bytes()
@@ -101,8 +97,8 @@ def test_the_file_has_the_fields_that_other_tools_ask_for(graph: AttributionGrap
     for i, name in enumerate(make_node_ids(graph)):
         node = nodes[name]
         kind, layer = KINDS[graph.kinds[i]], int(graph.layers[i])
-        assert node["layer"] == ("E" if kind == "embedding" else str(layer + (kind == "logit")))
-        assert node["activation"] == (float(graph.activations[i]) if kind == "feature" else None)
+        assert node["layer"] == ("E" if layer < 0 else str(layer + (kind == "logit")))
+        assert node["activation"] == (float(str(graph.activations[i])) if kind == "feature" else None)
         if kind == "feature":
             assert unpair(node["feature"]) == (layer, graph.features[i])
             attention = "attn" in graph.dictionaries[graph.sources[i]]
@@ -131,11 +127,12 @@ def test_pairs_of_numbers_are_told_apart() -> None:
 
 
 def test_shares_of_influence_are_those_of_the_whole_sum_of_paths() -> None:
-    """The series w(A + A^2 + ...) summed by solving for it, with the shares counted one by one."""
+    """The series w(A + A^2 + ...) summed by solving for it, biases left out, and the shares counted one by one."""
     graph = make_graph(30, 400, seed=4)
-    n = len(graph.kinds)
+    n, bias = len(graph.kinds), graph.kinds == KINDS.index("bias")
     matrix = np.zeros((n, n))
     matrix[graph.edge_targets, graph.edge_sources] = np.abs(graph.edge_weights)
+    matrix[:, bias] = 0
     matrix /= np.where(matrix.sum(1, keepdims=True) > 0, matrix.sum(1, keepdims=True), 1)
     start = np.where(graph.kinds == LOGIT, graph.activations, 0.0)
     influence = start @ matrix @ np.linalg.inv(np.eye(n) - matrix)
@@ -143,6 +140,8 @@ def test_shares_of_influence_are_those_of_the_whole_sum_of_paths() -> None:
     scores = matrix[graph.edge_targets, graph.edge_sources] * (influence + start)[graph.edge_targets]
     for shares, own in ((nodes, influence), (edges, scores)):
         expected = [own[own >= x].sum() / own.sum() if x else 1.0 for x in own]
+        if own is influence:
+            expected = np.where(start > 0, 0.0, expected)
         assert np.allclose(shares, expected, atol=1e-9)
 
 
@@ -150,7 +149,8 @@ def test_logits_without_probability_count_the_same() -> None:
     graph = make_graph()
     blank = np.where(graph.kinds == LOGIT, np.nan, graph.activations)
     even = np.where(graph.kinds == LOGIT, 0.5, graph.activations)
-    for one, other in zip(*(influence_shares(replace(graph, activations=x)) for x in (blank, even)), strict=True):
+    made = [influence_shares(replace(graph, activations=x, target_weights=None)) for x in (blank, even)]
+    for one, other in zip(*made, strict=True):
         assert np.allclose(one, other, atol=1e-12)
 
 
@@ -169,7 +169,9 @@ def test_labels_are_those_of_the_code_s_side(graph: AttributionGraph, tmp_path: 
     assert texts[negative] == "\u2212 axis" and texts[positive] == ""
     path = write_graph_json(graph, tmp_path / "a.json", labels={hook: {low: "axis"}})
     assert read_graph_file(path).view.labels[int(negative)] == "\u2212 axis"
-    assert texts[1] == graph.tokens[1] and texts[-1] == f"token {graph.features[-1]}"
+    assert texts[1] == graph.tokens[1] and texts[-1] == graph.logit_tokens[-1]
+    unknown = name_nodes(replace(graph, logit_tokens=()))
+    assert unknown[-1] == f"token {graph.features[-1]}"
     with pytest.raises(ValueError, match=r"`labels` must have hook points .* got 'blocks.9.hook_mlp_out'"):
         name_nodes(graph, {"blocks.9.hook_mlp_out": {}})
 
@@ -285,7 +287,8 @@ def test_a_graph_of_circuit_tracer_is_read(tmp_path: Path) -> None:
     assert found.view == GraphView(
         pinned=(4, 1), supernodes=(("fruit", (4,)),), clicked=5, node_threshold=0.8, labels={4: "fruit"}
     )
-    assert found.token_texts == {11: " pear"} and found.influence[4] == 0.5
+    assert graph.logit_tokens == (" pear",) and found.influence[4] == 0.5
+    assert graph.slopes is None and graph.target_weights is None
 
 
 def test_a_graph_of_neuronpedia_s_server_is_read(tmp_path: Path) -> None:

@@ -54,12 +54,12 @@ function fit(spansOf, free) {
 
 function rowsOf(model) {
   const { kind, layer, source } = model.nodes;
-  const key = i => (kind[i] === "logit" ? 1e9 : kind[i] === "embedding" ? -1 : layer[i] * 1000 + source[i] + 1);
+  const key = i => (kind[i] === "logit" ? 1e9 : kind[i] === "embedding" || layer[i] < 0 ? -1 : layer[i] * 1000 + source[i] + 1);
   const keys = [...new Set(model.nodes.id.map((_, i) => key(i)))].sort((a, b) => a - b);
   const names = keys.map(k => {
     const i = model.nodes.id.findIndex((_, j) => key(j) === k);
     if (kind[i] === "logit") return "logits";
-    if (kind[i] === "embedding") return "tokens";
+    if (k === -1) return "tokens";
     return source[i] < 0 ? `L${layer[i]}` : `L${layer[i]} ${model.parts[source[i]]}`;
   });
   return { key, index: new Map(keys.map((k, row) => [k, row])), names, logits: kind.includes("logit") };

@@ -27,14 +27,16 @@ export function placeOf(model, i) {
   const { kind, layer, source } = model.nodes;
   if (kind[i] === "embedding") return "embedding";
   if (kind[i] === "logit") return "logit";
+  if (layer[i] < 0) return "outside of the layers";
   return `layer ${layer[i]}${source[i] < 0 ? "" : `, ${model.parts[source[i]]}`}`;
 }
 
 export function nameOf(model, labels, i) {
-  const { kind, text, feature, position } = model.nodes;
+  const { kind, text, feature, position, source } = model.nodes;
   if (labels.has(i)) return labels.get(i);
   if (kind[i] === "embedding") return visible(text[i]);
   if (kind[i] === "logit") return visible(text[i]);
+  if (kind[i] === "bias" && source[i] < 0) return "biases of the model";
   if (kind[i] === "error") return `error at ${visible(model.tokens[position[i]])}`;
   if (kind[i] === "bias") return `bias at ${visible(model.tokens[position[i]])}`;
   return text[i] || `feature ${feature[i]}`;
