@@ -120,12 +120,25 @@ def write_graph_json(
         if ids[source] in known and ids[target] in known
     ]
     metadata = _describe(graph, slug, scan, view, description, source_set)
-    nodes = [_write_node(graph, i, ids[i], texts[i], view.labels.get(i), float(influence[i])) for i in kept]
+    nodes = [
+        _write_node(graph, i, ids[i], texts[i], view.labels.get(i), float(influence[i])) for i in _arrange(graph, kept)
+    ]
     params = view.to_params(ids)
     write_json(path, {"metadata": metadata, "qParams": params, "nodes": nodes, "links": links})
     if listed:
         _list_graph(path.parent, metadata)
     return path
+
+
+def _arrange(graph: AttributionGraph, nodes: list[int]) -> list[int]:
+    """Nodes in the order of the file: logits, where they come last, by token.
+
+    Neuronpedia sorts them so, and takes their probabilities in the order of the file.
+    """
+    logits = np.flatnonzero(graph.is_kind("logit")).tolist()
+    if nodes[len(nodes) - len(logits) :] != logits:
+        return nodes
+    return [*nodes[: len(nodes) - len(logits)], *sorted(logits, key=lambda i: int(graph.features[i]))]
 
 
 def _check_name(name: str, argument: str) -> str:
@@ -241,6 +254,8 @@ def _write_node(
         made["dictionary"] = int(graph.sources[i])
     if kind in ("feature", "logit"):
         made["value"] = value
+    if kind == "logit":
+        made["rank"] = int(graph.is_kind("logit")[:i].sum())
     for name, own in (("slope", graph.slopes), ("target_weight", graph.target_weights)):
         if own is not None:
             made[name] = shorten(own[i : i + 1])[0]

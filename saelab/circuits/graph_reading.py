@@ -345,7 +345,7 @@ def _read_link(i: int, link: Any, places: dict[str, int]) -> Edge:
 def _order(nodes: list[_Read], edges: list[Edge]) -> list[int]:
     """The nodes with sources before their targets: as in the file, or else by layer, attention before the MLP."""
     if all(source < target for source, target, _ in edges):
-        return list(range(len(nodes)))
+        return _rank_logits(nodes)
     rest = ("bias", "error", "feature", "embedding", "logit")
     keys = [
         (node.layer, "lorsa" not in node.plain["feature_type"], rest.index(node.kind), node.position, i)
@@ -357,6 +357,13 @@ def _order(nodes: list[_Read], edges: list[Edge]) -> list[int]:
             names = [nodes[i].plain["node_id"] for i in (source, target)]
             raise ValueError(f"a link leads back from {names[0]} to {names[1]}")
     return order
+
+
+def _rank_logits(nodes: list[_Read]) -> list[int]:
+    """The nodes as in the file, but logits in the order that they had before they were written."""
+    logits = [i for i, node in enumerate(nodes) if node.kind == "logit"]
+    ranked = iter(sorted(logits, key=lambda i: _take(nodes[i].plain, "rank", int, 0)))
+    return [next(ranked) if node.kind == "logit" else i for i, node in enumerate(nodes)]
 
 
 # ---- the page's state

@@ -105,6 +105,10 @@ def test_the_file_has_the_fields_that_other_tools_ask_for(graph: AttributionGrap
             assert node["feature_type"] == ("lorsa" if attention else "cross layer transcoder")
         if kind == "logit":
             assert node["clerp"].endswith(f"(p={graph.activations[i]:.3f})") and node["token_prob"] > 0
+    tokens = [node["feature"] for node in plain["nodes"] if node["feature_type"] == "logit"]
+    assert tokens == sorted(tokens) != graph.features[graph.kinds == LOGIT].tolist(), (
+        "as Neuronpedia's scores need them"
+    )
     assert [node["is_target_logit"] for node in plain["nodes"]].count(True) == 1
     assert any(node["activation"] and node["activation"] < 0 for node in plain["nodes"]), "codes keep their sign"
 
