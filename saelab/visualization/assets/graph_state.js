@@ -3,7 +3,7 @@
 const LINK_TYPES = ["both", "input", "output", "either"];
 
 export function emptyState() {
-  return { clicked: null, pinned: [], supernodes: [], labels: new Map(), linkType: "both", node: 0.8, edge: 0.8, positions: "", q: "" };
+  return { clicked: null, pinned: [], supernodes: [], labels: new Map(), linkType: "both", node: 0.8, edge: 0.98, positions: "", q: "" };
 }
 
 // `params` has texts, as an address does, or lists, as JSON does. Nodes that are not there are left out.
