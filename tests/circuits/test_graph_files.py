@@ -388,3 +388,20 @@ def test_a_saved_view_is_read_for_its_graph(graph: AttributionGraph, tmp_path: P
     assert read_view(path, ids) == GraphView(pinned=(4, 2), clicked=7, edge_threshold=0.5, labels={2: "two"})
     with pytest.raises(ValueError, match=r"must hold the view of a graph, but `qParams` must be a dict"):
         read_view(store({}, tmp_path / "no.json"), ids)
+
+
+@pytest.mark.parametrize("targets", ["top", "feature"])
+def test_a_traced_graph_comes_back_whole_and_pruned(targets: str, tmp_path: Path) -> None:
+    model = sl.lm.tiny_model(n_layers=2)
+    hooks = [tuple(f"blocks.{layer}.mlp.hook_{end}" for end in ("in", "out")) for layer in range(2)]
+    cfg = sl.SAEConfig(d_in=32, d_out=32, d_sae=64, activation=sl.AbsTopK(k=4))
+    coders = {hook: sl.SAE(cfg, seed=i) for i, hook in enumerate(hooks)}
+    graph = sl.circuits.trace(model, coders, "Hello")
+    if targets == "feature":
+        node = int(np.flatnonzero(graph.is_kind("feature") & (graph.sources == 1))[-1])
+        target = (hooks[1][1], int(graph.features[node]), int(graph.positions[node]))
+        graph = sl.circuits.trace(model, coders, "Hello", targets=target)
+        assert not graph.is_kind("logit").any()
+    assert graph.is_kind("bias").any() and (graph.activations < 0).any()
+    for name, one in (("whole", graph), ("pruned", graph.prune())):
+        same(one, read_graph_json(write_graph_json(one, tmp_path / f"{name}.json")))
