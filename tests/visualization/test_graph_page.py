@@ -398,14 +398,18 @@ def test_no_address_breaks_the_page(graph: AttributionGraph, address: str, page:
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_a_phone_shows_it_without_scrolling_sideways(
-    graph: AttributionGraph, address: str, browser: Any, scheme: Any
-) -> None:
-    ids = make_node_ids(graph)
+def test_a_phone_shows_it_without_scrolling_sideways(browser: Any, scheme: Any, tmp_path: Path) -> None:
+    """A graph wider than a phone scrolls in its frame, to the clicked node, and its rows keep their names."""
+    graph = make_graph(300, 3000, tuple(f" word{i}" for i in range(16)))
+    ids, node = make_node_ids(graph), busiest(graph)
     made = browser.new_page(viewport=PHONE, color_scheme=scheme, has_touch=True)
-    made.goto(f"{address}#clickedId={ids[busiest(graph)]}&pinnedIds={ids[busiest(graph)]},{ids[0]}")
+    address = write_graph_page(graph, tmp_path / "wide.html").as_uri()
+    made.goto(f"{address}#clickedId={ids[node]}&pinnedIds={ids[node]},{ids[0]}")
     made.locator(".box").first.wait_for()
     assert made.evaluate("document.documentElement.scrollWidth") <= PHONE["width"]
+    assert made.evaluate("document.querySelector('.links').scrollWidth") > PHONE["width"]
+    assert 0 < spot(made, node)["x"] < PHONE["width"]
+    assert made.locator(".band span").first.bounding_box()["x"] >= 0
     color = [int(x) for x in re.findall(r"\d+", made.evaluate("getComputedStyle(document.body).backgroundColor"))[:3]]
     assert (sum(color) > 600) == (scheme == "light")
     made.close()
