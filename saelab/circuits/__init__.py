@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 from saelab._lazy import attach
 
 if TYPE_CHECKING:
+    from saelab.circuits.attention_heads import HeadEffects as HeadEffects, split_by_head as split_by_head
     from saelab.circuits.graph import AttributionGraph as AttributionGraph, SupernodeGraph as SupernodeGraph
     from saelab.circuits.graph_validation import (
         EffectAgreement as EffectAgreement,

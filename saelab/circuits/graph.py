@@ -320,7 +320,9 @@ class AttributionGraph(Result):
 
     def __str__(self) -> str:
         counts = Counter(KINDS[kind] for kind in self.kinds.tolist())
-        named = ", ".join(f"{counts[kind]:,} {kind}{'' if counts[kind] == 1 else 's'}" for kind in KINDS if counts[kind])
+        named = ", ".join(
+            f"{counts[kind]:,} {kind}{'' if counts[kind] == 1 else 's'}" for kind in KINDS if counts[kind]
+        )
         lines = [
             f"{self.model}: {len(self.tokens)} tokens, {len(self):,} nodes ({named.replace('biass', 'biases')}), "
             f"{len(self.edge_weights):,} edges",
@@ -370,7 +372,9 @@ def _read_field(name: str, value: Any) -> Any:
             return float("nan") if value is None else float(value)
         return int(value) if name == "n_left_out" else str(value)
     except (TypeError, ValueError) as error:
-        raise ValueError(f"An attribution graph must have numbers or texts in `{name}`, got others ({error}).") from None
+        raise ValueError(
+            f"An attribution graph must have numbers or texts in `{name}`, got others ({error})."
+        ) from None
 
 
 def _column(values: list[Any], kind: Any) -> np.ndarray:

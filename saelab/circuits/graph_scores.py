@@ -35,7 +35,8 @@ class EdgeList:
         """
         total, current = np.zeros(self.n), start.astype(np.float64)
         for _ in range(self.n):
-            current = np.bincount(self.sources, current[self.targets] * self.weights, self.n)
+            parts = current[self.targets] * self.weights
+            current = np.bincount(self.sources, parts, self.n).astype(np.float64)
             total += current
             if not current.any():
                 break

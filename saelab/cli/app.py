@@ -18,6 +18,7 @@ from saelab.cli.labeling import VERBS as LABEL_VERBS, label_features, open_book
 from saelab.cli.planning import plan_run
 from saelab.cli.steering import draw_curve, steer_prompts
 from saelab.cli.terminal import echo, find_base
+from saelab.cli.tracing import trace_prompt
 from saelab.cli.training import collect_text, evaluate_sae, train_sae
 from saelab.stores.jobs import Terminable, is_launched, name_process
 
@@ -53,6 +54,7 @@ VERBS: dict[str, Callable[..., None]] = {
     "explore": explore_store,
     "steer": steer_prompts,
     "steer-curve": draw_curve,
+    "trace": trace_prompt,
     "info": show_info,
 }
 
