@@ -23,7 +23,12 @@ from saelab.cli.training import collect_text, evaluate_sae, train_sae
 from saelab.stores.jobs import Terminable, is_launched, name_process
 
 DONE, FAILED, WRONG_USE = 0, 1, 2
-SPELLINGS = {"resume=False": "--overwrite", "resume=True": "--resume", "allow_mismatch=True": "--allow-mismatch"}
+SPELLINGS = {
+    "resume=False": "--overwrite",
+    "resume=True": "--resume",
+    "allow_mismatch=True": "--allow-mismatch",
+    "allow_missing=True": "--allow-missing",
+}
 """how the library's advice reads in the shell"""
 PEER_GONE = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "NCCL error", "another process")
 """what the communication of a process says whose partner has ended"""
