@@ -314,9 +314,9 @@ class AttributionGraph(Result):
             refuse_unknown(plain, [*known, *SCORES], "An attribution graph")
             if missing := sorted(set(known) - set(plain)):
                 raise ValueError(f"An attribution graph must have every field, got none for `{missing[0]}`.")
-            graph = cls(**{name: _read_field(name, plain[name]) for name in known})
-            _check(graph)
-            return graph
+            read = {name: _read_field(name, plain[name]) for name in known}
+            _check(read)
+            return cls(**read)
 
     def __str__(self) -> str:
         counts = Counter(KINDS[kind] for kind in self.kinds.tolist())
@@ -384,15 +384,16 @@ def _column(values: list[Any], kind: Any) -> np.ndarray:
     return found
 
 
-def _check(graph: AttributionGraph) -> None:
+def _check(read: Mapping[str, Any]) -> None:
     """Raise ValueError unless the arrays go together and every edge leads from a node to a later one."""
-    n, n_edges = len(graph.kinds), len(graph.edge_weights)
-    sizes = {name: len(value) for name in PER_NODE if (value := getattr(graph, name)) is not None}
-    sizes |= {name: len(getattr(graph, name)) - n_edges + n for name in ("edge_sources", "edge_targets")}
-    if wrong := [name for name, size in sizes.items() if size != n]:
+    n = len(read["kinds"])
+    sizes = [(name, n) for name in PER_NODE] + [("token_ids", len(read["tokens"]))]
+    sizes += [(name, len(read["edge_weights"])) for name in ("edge_sources", "edge_targets")]
+    if wrong := [name for name, size in sizes if read[name] is not None and len(read[name]) != size]:
         raise ValueError(f"An attribution graph's arrays must be of one length, got another for `{wrong[0]}`.")
-    ordered = (0 <= graph.edge_sources) & (graph.edge_sources < graph.edge_targets) & (graph.edge_targets < n)
-    known = (0 <= graph.kinds) & (graph.kinds < len(KINDS))
-    known &= (-1 <= graph.sources) & (graph.sources < len(graph.dictionaries))
+    first, then = read["edge_sources"], read["edge_targets"]
+    ordered = (first >= 0) & (first < then) & (then < n)
+    known = (read["kinds"] >= 0) & (read["kinds"] < len(KINDS))
+    known &= (read["sources"] >= -1) & (read["sources"] < len(read["dictionaries"]))
     if not (ordered.all() and known.all()):
         raise ValueError("An attribution graph's edges must lead from its nodes to later ones, of known kinds.")

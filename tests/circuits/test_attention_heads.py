@@ -1,5 +1,7 @@
 """Effects on a feature of an attention output, head by head: they add up, and each is of its own head."""
 
+import re
+
 import numpy as np
 import pytest
 import torch
@@ -15,11 +17,8 @@ ATTENTION = "blocks.1.hook_attn_out"
 @pytest.mark.parametrize("architecture", ["llama", "gpt2"])
 def test_heads_add_up_and_a_head_without_output_adds_nothing(architecture: str) -> None:
     model = sl.lm.tiny_model(architecture=architecture)  # type: ignore[arg-type]
-    out = next(
-        weight
-        for name, weight in model.original_model.named_parameters()
-        if "1" in name and (".o_proj" in name or "attn.c_proj" in name) and weight.ndim == 2
-    )
+    parameters = model.original_model.named_parameters()
+    out = next(weight for name, weight in parameters if re.search(r"\.1\..*(o_proj|attn\.o)\..*weight", name))
     with torch.no_grad():  # of head 2, of width 8
         (out[:, 16:24] if architecture == "llama" else out[16:24]).zero_()
     coders = cover(model)

@@ -28,8 +28,8 @@ def make(seed: int, n_tokens: int = 4, n_layers: int = 3, density: float = 0.5) 
         for position in range(n_tokens):
             kinds += [1, 1, 2]
             layers, positions, sources = layers + [layer] * 3, positions + [position] * 3, sources + [layer] * 3
-    kinds, layers = kinds + [4, 4], layers + [n_layers] * 2
-    positions, sources = positions + [n_tokens - 1] * 2, sources + [-1, -1]
+    kinds, layers = [*kinds, 4, 4], layers + [n_layers] * 2
+    positions, sources = positions + [n_tokens - 1] * 2, [*sources, -1, -1]
     n, kind, layer = len(kinds), np.array(kinds), np.array(layers)
     pairs = [
         (s, t) for t in range(n) for s in range(t)
@@ -37,12 +37,14 @@ def make(seed: int, n_tokens: int = 4, n_layers: int = 3, density: float = 0.5) 
     ]  # fmt: skip
     chosen = np.array(pairs).T
     is_feature = kind == 1
+    z = np.where(is_feature, rng.standard_normal(n), 1)
+    z[-2:] = 0.6, 0.3
     return AttributionGraph(
         prompt="abcd", tokens=tuple("abcd"), token_ids=np.arange(n_tokens), model="none",
         dictionaries=tuple(f"blocks.{i}.hook_mlp_out" for i in range(n_layers)), kinds=kind, layers=layer,
         positions=np.array(positions), sources=np.array(sources),
         features=np.where(is_feature, np.arange(n), np.where(kind == 4, np.arange(n) - n + 2, -1)),
-        activations=np.where(is_feature, rng.standard_normal(n), np.where(kind == 4, [*[0] * (n - 2), 0.6, 0.3], 1)).astype(np.float32),
+        activations=z.astype(np.float32),
         values=np.zeros(n, np.float32), edge_sources=chosen[0], edge_targets=chosen[1],
         edge_weights=rng.standard_normal(len(pairs)).astype(np.float32), logit_tokens=("x", "y"),
     )  # fmt: skip
@@ -100,7 +102,8 @@ def prune_naively(graph: AttributionGraph, nodes: float, edges: float) -> tuple[
     while True:
         bad = {
             i for i in keep
-            if inner[i] and (not any(s == i for _, s in kept) or (graph.kinds[i] == 1 and not any(t == i for t, _ in kept)))
+            if (inner[i] and not any(s == i for _, s in kept))
+            or (graph.kinds[i] == 1 and not any(t == i for t, _ in kept))
         }  # fmt: skip
         if not bad:
             return keep, kept
@@ -122,7 +125,7 @@ def test_pruning_is_that_of_a_naive_one(seed: int) -> None:
     assert not pruned.is_kind("bias").any() and pruned.logit_tokens == ("x", "y")
     assert 0 <= pruned.replacement_score <= 1
     with pytest.raises(ValueError, match=r"`edges` must be a share in \(0, 1\], got 0"):
-        graph.prune(0.5, 0)
+        graph.prune(0.5, 0.0)
 
 
 def test_largest_of_nothing_is_nothing() -> None:
@@ -132,7 +135,7 @@ def test_largest_of_nothing_is_nothing() -> None:
 
 def chain() -> AttributionGraph:
     """Embedding b over a feature of layer 0 and one of layer 1 to the logit x; and a weak way straight to it."""
-    graph = make(0, density=0.0001)
+    graph = make(0)
     one, two = (
         int(np.flatnonzero((graph.layers == i) & (graph.kinds == 1) & (graph.positions == 1))[0]) for i in (0, 1)
     )

@@ -1,4 +1,4 @@
-"""Effects of a graph against the model: exact where nothing is between a feature and the logits, and nulls that fall."""
+"""Effects of a graph against the model: exact where nothing is behind a feature but the logits, and nulls."""
 
 from dataclasses import replace
 

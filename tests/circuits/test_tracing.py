@@ -69,7 +69,7 @@ def test_edges_add_up_in_every_family(name: str) -> None:
 
 
 def test_edges_are_what_the_weights_say() -> None:
-    """Worked out by hand: embeddings to features of the first layer through attention, and the last layer's to logits."""
+    """By hand: embeddings to features of the first layer through attention, and features of the last to logits."""
     model = sl.lm.tiny_model(n_layers=2)
     coders = cover(model)
     graph = trace(model, coders, PROMPT, targets=[70, 80])
