@@ -6,7 +6,8 @@ from saelab._lazy import attach
 
 if TYPE_CHECKING:
     from saelab.circuits.attention_heads import HeadEffects as HeadEffects, split_by_head as split_by_head
-    from saelab.circuits.graph import AttributionGraph as AttributionGraph, SupernodeGraph as SupernodeGraph
+    from saelab.circuits.graph import AttributionGraph as AttributionGraph
+    from saelab.circuits.graph_scores import SupernodeGraph as SupernodeGraph
     from saelab.circuits.graph_validation import (
         EffectAgreement as EffectAgreement,
         GraphValidation as GraphValidation,

@@ -10,7 +10,7 @@ from typing import Any, Literal
 import numpy as np
 from jaxtyping import Float, Int
 
-from saelab.circuits.graph_scores import EdgeList, choose_kept
+from saelab.circuits.graph_scores import EdgeList, SupernodeGraph, choose_kept
 from saelab.stores.results import Result, format_table
 from saelab.stores.validation import naming, read_json, refuse_unknown, require_object
 
@@ -19,38 +19,6 @@ KINDS: tuple[NodeKind, ...] = ("embedding", "feature", "error", "bias", "logit")
 N_SHOWN = 10
 SCORES = ("replacement_score", "completeness_score")
 """what a file has besides the fields"""
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class SupernodeGraph(Result):
-    """Result of `AttributionGraph.group`: supernodes, and the sums of the edges between their nodes.
-
-    Nodes in no supernode are there alone.
-    """
-
-    names: tuple[str, ...]
-    members: tuple[tuple[int, ...], ...] = field(repr=False)
-    """nodes of each in the graph that was grouped"""
-    edge_sources: Int[np.ndarray, "n_edges"] = field(repr=False)
-    edge_targets: Int[np.ndarray, "n_edges"] = field(repr=False)
-    edge_weights: Float[np.ndarray, "n_edges"] = field(repr=False)
-    """sum of the direct effects of all nodes of the source on all of the target"""
-
-    def edge(self, source: str, target: str) -> float:
-        """The weight between two supernodes by name, 0 where there is no edge; KeyError for an unknown name."""
-        pair = [self.names.index(name) if name in self.names else None for name in (source, target)]
-        if None in pair:
-            raise KeyError(f"A supernode must be one of {list(self.names)[:5]}, got {source!r} and {target!r}.")
-        return float(self.edge_weights[(self.edge_sources == pair[0]) & (self.edge_targets == pair[1])].sum())
-
-    def __str__(self) -> str:
-        order = np.argsort(-np.abs(self.edge_weights), kind="stable")[:N_SHOWN]
-        rows = [
-            [f"{self.edge_weights[i]:+.3f}", self.names[self.edge_sources[i]], self.names[self.edge_targets[i]]]
-            for i in order
-        ]
-        head = f"{len(self.names):,} supernodes and single nodes, {len(self.edge_weights):,} edges"
-        return "\n".join([head, *format_table([["weight", "from", "to"], *rows], left=(1, 2))])
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
