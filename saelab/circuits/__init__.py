@@ -5,7 +5,8 @@ from typing import TYPE_CHECKING
 from saelab._lazy import attach
 
 if TYPE_CHECKING:
-    from saelab.circuits.graph import AttributionGraph as AttributionGraph, SupernodeGraph as SupernodeGraph
+    from saelab.circuits.attention_heads import HeadEffects as HeadEffects, split_by_head as split_by_head
+    from saelab.circuits.graph import AttributionGraph as AttributionGraph
     from saelab.circuits.graph_files import make_node_ids as make_node_ids, write_graph_json as write_graph_json
     from saelab.circuits.graph_reading import (
         GraphFile as GraphFile,
@@ -13,6 +14,7 @@ if TYPE_CHECKING:
         read_graph_json as read_graph_json,
         read_view as read_view,
     )
+    from saelab.circuits.graph_scores import SupernodeGraph as SupernodeGraph
     from saelab.circuits.graph_validation import (
         EffectAgreement as EffectAgreement,
         GraphValidation as GraphValidation,

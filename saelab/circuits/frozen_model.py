@@ -28,8 +28,9 @@ class Freezing(TorchFunctionMode):
     """Context manager in which a model's forward pass is affine in its activations.
 
     Constants are the results of softmax (attention patterns), of square roots, deviations and norms (scales of norms),
-    of sigmoid and softplus (gates), and tanh(x) / x (softcaps); gradients do not pass through them. LayerNorm's centering and all
-    weights stay. The constants are computed in the first forward pass, or taken from one that was done before.
+    of sigmoid and softplus (gates), and tanh(x) / x (softcaps); gradients do not pass through them. LayerNorm's
+    centering and all weights stay. The constants are computed in the first forward pass, or taken from one that was
+    done before.
 
     >>> norm, x = torch.nn.LayerNorm(4), torch.tensor([[1.0, 2.0, 3.0, 6.0]])
     >>> with Freezing() as first:
@@ -120,7 +121,9 @@ def _freeze_rms_norm(
     return (normalized if weight is None else normalized * weight).to(x)
 
 
-def _freeze_attention(hold: Hold, func: Any, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kw: Any) -> Tensor:
+def _freeze_attention(
+    hold: Hold, func: Any, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kw: Any
+) -> Tensor:
     """Fused attention: its pattern is what it does to the identity in place of the values."""
 
     def find_pattern() -> Tensor:
@@ -149,8 +152,9 @@ def _list_rules() -> dict[Any, Callable[..., Tensor]]:
     }
     rules |= {getattr(home, "rms_norm"): _freeze_rms_norm for home in (F, torch) if hasattr(home, "rms_norm")}  # noqa: B009
     for home in (torch, Tensor):
-        rules |= {getattr(home, name): _freeze_result for name in ("softmax", "sigmoid", "sqrt", "rsqrt", "std", "var")}
-        rules |= {home.norm: _freeze_result, home.pow: _freeze_root, home.tanh: _freeze_slope}
+        for name in ("softmax", "sigmoid", "sqrt", "rsqrt", "std", "var", "norm"):
+            rules[getattr(home, name)] = _freeze_result
+        rules[home.pow], rules[home.tanh] = _freeze_root, _freeze_slope
     return rules
 
 
@@ -203,4 +207,3 @@ class FrozenModel:
             with mode:
                 logits = run_as_set(self.running, self.ids.expand(n_rows, -1))
         return logits[:, -1].float(), mode.constants
-

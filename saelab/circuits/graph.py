@@ -10,7 +10,7 @@ from typing import Any, Literal
 import numpy as np
 from jaxtyping import Float, Int
 
-from saelab.circuits.graph_scores import EdgeList, choose_kept
+from saelab.circuits.graph_scores import EdgeList, SupernodeGraph, choose_kept
 from saelab.stores.results import Result, format_table
 from saelab.stores.validation import naming, read_json, refuse_unknown, require_object
 
@@ -19,38 +19,6 @@ KINDS: tuple[NodeKind, ...] = ("embedding", "feature", "error", "bias", "logit")
 N_SHOWN = 10
 SCORES = ("replacement_score", "completeness_score")
 """what a file has besides the fields"""
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class SupernodeGraph(Result):
-    """Result of `AttributionGraph.group`: supernodes, and the sums of the edges between their nodes.
-
-    Nodes in no supernode are there alone.
-    """
-
-    names: tuple[str, ...]
-    members: tuple[tuple[int, ...], ...] = field(repr=False)
-    """nodes of each in the graph that was grouped"""
-    edge_sources: Int[np.ndarray, "n_edges"] = field(repr=False)
-    edge_targets: Int[np.ndarray, "n_edges"] = field(repr=False)
-    edge_weights: Float[np.ndarray, "n_edges"] = field(repr=False)
-    """sum of the direct effects of all nodes of the source on all of the target"""
-
-    def edge(self, source: str, target: str) -> float:
-        """The weight between two supernodes by name, 0 where there is no edge; KeyError for an unknown name."""
-        pair = [self.names.index(name) if name in self.names else None for name in (source, target)]
-        if None in pair:
-            raise KeyError(f"A supernode must be one of {list(self.names)[:5]}, got {source!r} and {target!r}.")
-        return float(self.edge_weights[(self.edge_sources == pair[0]) & (self.edge_targets == pair[1])].sum())
-
-    def __str__(self) -> str:
-        order = np.argsort(-np.abs(self.edge_weights), kind="stable")[:N_SHOWN]
-        rows = [
-            [f"{self.edge_weights[i]:+.3f}", self.names[self.edge_sources[i]], self.names[self.edge_targets[i]]]
-            for i in order
-        ]
-        head = f"{len(self.names):,} supernodes and single nodes, {len(self.edge_weights):,} edges"
-        return "\n".join([head, *format_table([["weight", "from", "to"], *rows], left=(1, 2))])
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -314,13 +282,15 @@ class AttributionGraph(Result):
             refuse_unknown(plain, [*known, *SCORES], "An attribution graph")
             if missing := sorted(set(known) - set(plain)):
                 raise ValueError(f"An attribution graph must have every field, got none for `{missing[0]}`.")
-            graph = cls(**{name: _read_field(name, plain[name]) for name in known})
-            _check(graph)
-            return graph
+            read = {name: _read_field(name, plain[name]) for name in known}
+            _check(read)
+            return cls(**read)
 
     def __str__(self) -> str:
         counts = Counter(KINDS[kind] for kind in self.kinds.tolist())
-        named = ", ".join(f"{counts[kind]:,} {kind}{'' if counts[kind] == 1 else 's'}" for kind in KINDS if counts[kind])
+        named = ", ".join(
+            f"{counts[kind]:,} {kind}{'' if counts[kind] == 1 else 's'}" for kind in KINDS if counts[kind]
+        )
         lines = [
             f"{self.model}: {len(self.tokens)} tokens, {len(self):,} nodes ({named.replace('biass', 'biases')}), "
             f"{len(self.edge_weights):,} edges",
@@ -370,7 +340,9 @@ def _read_field(name: str, value: Any) -> Any:
             return float("nan") if value is None else float(value)
         return int(value) if name == "n_left_out" else str(value)
     except (TypeError, ValueError) as error:
-        raise ValueError(f"An attribution graph must have numbers or texts in `{name}`, got others ({error}).") from None
+        raise ValueError(
+            f"An attribution graph must have numbers or texts in `{name}`, got others ({error})."
+        ) from None
 
 
 def _column(values: list[Any], kind: Any) -> np.ndarray:
@@ -380,15 +352,16 @@ def _column(values: list[Any], kind: Any) -> np.ndarray:
     return found
 
 
-def _check(graph: AttributionGraph) -> None:
+def _check(read: Mapping[str, Any]) -> None:
     """Raise ValueError unless the arrays go together and every edge leads from a node to a later one."""
-    n, n_edges = len(graph.kinds), len(graph.edge_weights)
-    sizes = {name: len(value) for name in PER_NODE if (value := getattr(graph, name)) is not None}
-    sizes |= {name: len(getattr(graph, name)) - n_edges + n for name in ("edge_sources", "edge_targets")}
-    if wrong := [name for name, size in sizes.items() if size != n]:
+    n = len(read["kinds"])
+    sizes = [(name, n) for name in PER_NODE] + [("token_ids", len(read["tokens"]))]
+    sizes += [(name, len(read["edge_weights"])) for name in ("edge_sources", "edge_targets")]
+    if wrong := [name for name, size in sizes if read[name] is not None and len(read[name]) != size]:
         raise ValueError(f"An attribution graph's arrays must be of one length, got another for `{wrong[0]}`.")
-    ordered = (0 <= graph.edge_sources) & (graph.edge_sources < graph.edge_targets) & (graph.edge_targets < n)
-    known = (0 <= graph.kinds) & (graph.kinds < len(KINDS))
-    known &= (-1 <= graph.sources) & (graph.sources < len(graph.dictionaries))
+    first, then = read["edge_sources"], read["edge_targets"]
+    ordered = (first >= 0) & (first < then) & (then < n)
+    known = (read["kinds"] >= 0) & (read["kinds"] < len(KINDS))
+    known &= (read["sources"] >= -1) & (read["sources"] < len(read["dictionaries"]))
     if not (ordered.all() and known.all()):
         raise ValueError("An attribution graph's edges must lead from its nodes to later ones, of known kinds.")

@@ -1,12 +1,16 @@
-"""Influence of the nodes of a graph, and which nodes and edges a pruned graph keeps.
+"""Influence of the nodes of a graph, which nodes and edges a pruned graph keeps, and graphs of supernodes.
 
 Edges are three arrays: source, target and weight. A source comes before its target.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
+
+from saelab.stores.results import Result, format_table
+
+N_SHOWN = 10
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,7 +39,8 @@ class EdgeList:
         """
         total, current = np.zeros(self.n), start.astype(np.float64)
         for _ in range(self.n):
-            current = np.bincount(self.sources, current[self.targets] * self.weights, self.n)
+            parts = current[self.targets] * self.weights
+            current = np.bincount(self.sources, parts, self.n).astype(np.float64)
             total += current
             if not current.any():
                 break
@@ -93,3 +98,35 @@ def choose_kept(
             return keep, kept
         keep = stays
         kept = kept & keep[edges.sources] & keep[edges.targets]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class SupernodeGraph(Result):
+    """Result of `AttributionGraph.group`: supernodes, and the sums of the edges between their nodes.
+
+    Nodes in no supernode are there alone.
+    """
+
+    names: tuple[str, ...]
+    members: tuple[tuple[int, ...], ...] = field(repr=False)
+    """nodes of each in the graph that was grouped"""
+    edge_sources: Int[np.ndarray, "n_edges"] = field(repr=False)
+    edge_targets: Int[np.ndarray, "n_edges"] = field(repr=False)
+    edge_weights: Float[np.ndarray, "n_edges"] = field(repr=False)
+    """sum of the direct effects of all nodes of the source on all of the target"""
+
+    def edge(self, source: str, target: str) -> float:
+        """The weight between two supernodes by name, 0 where there is no edge; KeyError for an unknown name."""
+        pair = [self.names.index(name) if name in self.names else None for name in (source, target)]
+        if None in pair:
+            raise KeyError(f"A supernode must be one of {list(self.names)[:5]}, got {source!r} and {target!r}.")
+        return float(self.edge_weights[(self.edge_sources == pair[0]) & (self.edge_targets == pair[1])].sum())
+
+    def __str__(self) -> str:
+        order = np.argsort(-np.abs(self.edge_weights), kind="stable")[:N_SHOWN]
+        rows = [
+            [f"{self.edge_weights[i]:+.3f}", self.names[self.edge_sources[i]], self.names[self.edge_targets[i]]]
+            for i in order
+        ]
+        head = f"{len(self.names):,} supernodes and single nodes, {len(self.edge_weights):,} edges"
+        return "\n".join([head, *format_table([["weight", "from", "to"], *rows], left=(1, 2))])

@@ -97,11 +97,15 @@ class GraphValidation(Result):
             f"all responds:             {self.live}",
         ]
         rows = [
-            ["the largest", str(len(self.steered)), f"{np.abs(self.steered_effects).mean():.3f}", f"{self.signs:.0%}"],
-            ["others", str(len(self.others)), f"{np.abs(self.other_effects).mean():.3f}", ""],
+            [name, str(len(changes)), f"{np.abs(changes).mean():.3f}", signs]
+            for name, changes, signs in (
+                ("the largest", self.steered_effects, f"{self.signs:.0%}"),
+                ("others", self.other_effects, ""),
+            )
+            if len(changes)
         ]
         head = [f"codes times {self.factor:g}", "n", "mean |change|", "of the graph's sign"]
-        return "\n".join([*lines, *format_table([head, *(row for row in rows if row[1] != "0")])])
+        return "\n".join([*lines, *format_table([head, *rows])])
 
 
 def validate(

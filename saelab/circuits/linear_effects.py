@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 
 import numpy as np
 import torch
@@ -122,6 +122,8 @@ class Readings:
     """input of the encoder by number of the place"""
     logits: Float[Tensor, "d_vocab"]
     constants: list[Tensor]
+    watched: dict[str, Tensor]
+    """activations at further hook points"""
 
 
 @dataclass(frozen=True, eq=False)
@@ -152,14 +154,25 @@ class LinearEffects:
     written: Sequence[Written]
     known: Int[Tensor, "n_known"]
     """ids that the tokenizer has a token for: a logit is measured from the mean of theirs"""
+    watched: tuple[str, ...] = ()
+    """hook points whose activations are kept besides"""
 
     @classmethod
-    def make(cls, model: Model, ids: Int[Tensor, "1 n"], written: Sequence[Written]) -> "LinearEffects":
-        """The frozen model of a prompt, with what is written in it."""
+    def make(
+        cls, model: Model, ids: Int[Tensor, "1 n"], written: Sequence[Written], watched: tuple[str, ...] = ()
+    ) -> "LinearEffects":
+        """The frozen model of a prompt.
+
+        Args:
+            model: the language model.
+            ids: the prompt.
+            written: what is written in it.
+            watched: hook points whose activations are kept besides.
+        """
         points = [one.point for one in written]
         points += [one.dictionary.read for one in written if one.dictionary is not None]
-        frozen = FrozenModel.make(model, ids, points)
-        return cls(frozen, written, find_known_ids(model).nonzero()[:, 0].to(frozen.ids.device))
+        frozen = FrozenModel.make(model, ids, [*points, *watched])
+        return cls(frozen, written, find_known_ids(model).nonzero()[:, 0].to(frozen.ids.device), watched)
 
     @cached_property
     def starts(self) -> list[int]:
@@ -192,11 +205,15 @@ class LinearEffects:
             constants: of an earlier pass; None computes them.
         """
         read = [_Reading(one, x) for one, x in zip(self.written, written, strict=True)]
-        taps: list[tuple[str, Tap]] = [(one.point, reading.write) for one, reading in zip(self.written, read, strict=True)]
+        taps: list[tuple[str, Tap]] = [
+            (one.point, reading.write) for one, reading in zip(self.written, read, strict=True)
+        ]
         taps += [(r.dictionary.read, r.keep) for r in read if r.dictionary and r.dictionary.sae.cfg.d_out is not None]
+        kept: dict[str, Tensor] = {}
+        taps += [(name, partial(_keep, kept, name)) for name in self.watched]
         logits, found = self.frozen.forward(taps, constants)
         centered = {i: reading.centered for i, reading in enumerate(read) if reading.centered is not None}
-        return Readings(centered, logits[0], found)
+        return Readings(centered, logits[0], found, kept)
 
     def values(self, targets: Targets, readings: Readings) -> Float[np.ndarray, "n_targets"]:
         """Pre-activations, or logits less the mean of all."""
@@ -210,20 +227,25 @@ class LinearEffects:
 
     def effects(self, targets: Targets) -> Float[np.ndarray, "n_targets n_sources"]:
         """Direct effect of every source on each target, by one gradient a target, all at the same time."""
-        output, rows = self._start(targets)
-        last = len(self.written) if targets.place == LOGITS else targets.place
+        output, rows = self.start(targets)
+        return self.effects_on(output, rows, len(self.written) if targets.place == LOGITS else targets.place)
+
+    def effects_on(
+        self, output: Tensor, rows: Float[Tensor, "n_targets *output"], last: int
+    ) -> Float[np.ndarray, "n_targets n_sources"]:
+        """Direct effects of the sources of the first `last` places on products of `output` with each of the rows."""
         grads = torch.autograd.grad(
             output, self.leaves[:last], rows, retain_graph=True, allow_unused=True, is_grads_batched=True
         )
-        found = np.zeros((len(targets), self.starts[-1]), np.float32)
+        found = np.zeros((len(rows), self.starts[-1]), np.float32)
         for start, one, grad in zip(self.starts, self.written, grads, strict=False):
             if grad is not None:
                 products = [grad[:, p].float() @ of.T for p, of in enumerate(one.vectors.split(one.counts))]
                 found[:, start : start + len(one.positions)] = torch.cat(products, 1).cpu().numpy()
         return found
 
-    def _start(self, targets: Targets) -> tuple[Tensor, Tensor]:
-        """What gradients start from, and the direction of each."""
+    def start(self, targets: Targets) -> tuple[Tensor, Tensor]:
+        """What the gradients of targets start from, and the direction of each."""
         each = torch.arange(len(targets), device=self.frozen.ids.device)
         if targets.place == LOGITS:
             output = self.readings.logits
@@ -241,6 +263,12 @@ class LinearEffects:
         dictionary = self.written[place].dictionary
         assert dictionary is not None  # of every target
         return dictionary.sae
+
+
+def _keep(kept: dict[str, Tensor], name: str, x: Tensor) -> Tensor:
+    """A hook function that keeps the activations and hands on a copy, so that no later edit in place changes them."""
+    kept[name] = x.clone()
+    return kept[name].view_as(x)
 
 
 class _Reading:

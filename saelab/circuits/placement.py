@@ -136,9 +136,7 @@ def _list_given(given: Dictionaries) -> list[tuple[SAE, str | tuple[str, str] | 
     return pairs
 
 
-def _place(
-    model: Model, sae: SAE, names: str | tuple[str, str] | None, allow_mismatch: bool
-) -> PlacedDictionary:
+def _place(model: Model, sae: SAE, names: str | tuple[str, str] | None, allow_mismatch: bool) -> PlacedDictionary:
     places = match_places(sae, model, names, allow_mismatch)
     require_threshold(sae)
     if isinstance(sae.cfg.encoder, PursuitEncoder | Refined):

@@ -265,14 +265,12 @@ def _require_complete(model: Model, tracing: _Tracing) -> None:
     if not worst <= allowed:
         raise ValueError(
             f"Direct effects must add up to the values of their targets within {allowed:g}, got a difference of "
-            f"{worst:.2g} on this {model.cfg.architecture}: between its blocks it computes something that is not linear "
-            "with attention patterns, norm scales and gates frozen. Trace another model, or replace that part too."
+            f"{worst:.2g} on this {model.cfg.architecture}: it computes something that is not linear with attention "
+            "patterns, norm scales and gates frozen. Trace another model, or replace that part, too."
         )
 
 
-def _build(
-    model: Model, texts: Texts, points: list[str], tracing: _Tracing, prompt: Prompt
-) -> AttributionGraph:
+def _build(model: Model, texts: Texts, points: list[str], tracing: _Tracing, prompt: Prompt) -> AttributionGraph:
     effects, end = tracing.effects, tracing.end
     columns = _list_sources(tracing, points)
     rows, numbers = np.concatenate(tracing.rows), np.concatenate(tracing.numbers)
@@ -292,7 +290,15 @@ def _build(
     number[others] = n_first + 1 + np.arange(len(others))
     number[tracing.n_sources :] = n_first + 1 + len(others) + np.arange(n_logits)
     layer = model.cfg.n_layers
-    own = {"kinds": BIAS, "layers": -1, "positions": 0, "sources": -1, "features": -1, "activations": 1.0, "slopes": 1.0}
+    own = {
+        "kinds": BIAS,
+        "layers": -1,
+        "positions": 0,
+        "sources": -1,
+        "features": -1,
+        "activations": 1.0,
+        "slopes": 1.0,
+    }
     last = {"kinds": LOGIT, "layers": layer, "positions": n_tokens - 1, "sources": -1, "slopes": 1.0}
     after = {name: np.full(n_logits, value) for name, value in last.items()}
     after |= {"features": ids, "activations": probabilities}
