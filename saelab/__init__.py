@@ -7,6 +7,7 @@ from saelab._lazy import attach as _attach
 if TYPE_CHECKING:
     from saelab import (
         analysis as analysis,
+        circuits as circuits,
         collecting as collecting,
         evaluation as evaluation,
         explorer as explorer,

@@ -374,6 +374,8 @@ def cases() -> list[Case]:
              ("store-0", "store-1", "report:out"), read=told_report("out")),
         Case("steer", steer, ("sae-0",), read=told_file("out.html")),
         Case("steer-curve", [*curve, *quiet], ("sae-0", "store-0"), read=told_file("out.html")),
+        Case("trace", ["trace", "tiny", "sae-0", "One", "--allow-missing", "--out", "out.json", *quiet], ("sae-0",),
+             read=told_file("out.json")),
     ]  # fmt: skip
     for form in ("saelens", "sparsify", "dictionary_learning"):
         words = ["convert", "sae-0", "out", "--format", form]

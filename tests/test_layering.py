@@ -23,6 +23,7 @@ FLOORS = {
     "interventions": 6,
     "evaluation": 7,
     "analysis": 8,
+    "circuits": 8,
     "probing": 8,
     "labels": 9,
     "steering": 9,

@@ -18,11 +18,17 @@ from saelab.cli.labeling import VERBS as LABEL_VERBS, label_features, open_book
 from saelab.cli.planning import plan_run
 from saelab.cli.steering import draw_curve, steer_prompts
 from saelab.cli.terminal import echo, find_base
+from saelab.cli.tracing import trace_prompt
 from saelab.cli.training import collect_text, evaluate_sae, train_sae
 from saelab.stores.jobs import Terminable, is_launched, name_process
 
 DONE, FAILED, WRONG_USE = 0, 1, 2
-SPELLINGS = {"resume=False": "--overwrite", "resume=True": "--resume", "allow_mismatch=True": "--allow-mismatch"}
+SPELLINGS = {
+    "resume=False": "--overwrite",
+    "resume=True": "--resume",
+    "allow_mismatch=True": "--allow-mismatch",
+    "allow_missing=True": "--allow-missing",
+}
 """how the library's advice reads in the shell"""
 PEER_GONE = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "NCCL error", "another process")
 """what the communication of a process says whose partner has ended"""
@@ -53,6 +59,7 @@ VERBS: dict[str, Callable[..., None]] = {
     "explore": explore_store,
     "steer": steer_prompts,
     "steer-curve": draw_curve,
+    "trace": trace_prompt,
     "info": show_info,
 }
 

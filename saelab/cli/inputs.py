@@ -189,6 +189,19 @@ def open_pair(sae: str, model: str, device: str | None, progress: bool) -> tuple
     return coder, load_model(model, device=chosen, weight_processing=processing, progress=progress)
 
 
+def open_several(saes: list[str], model: str, device: str | None, progress: bool) -> tuple[list[SAE], Model]:
+    """SAEs of one model, and the model, whose weights are processed as those that they were trained on were.
+
+    ValueError where they need differently processed ones.
+    """
+    chosen = choose_device(device)
+    coders = [SAE.from_pretrained(name, device=chosen) for name in saes]
+    needed = sorted({coder.provenance.weight_processing for coder in coders if coder.provenance} or {"none"})
+    if len(needed) > 1:
+        raise ValueError(f"SAEs of one graph must be of one processing of the model's weights, got {needed}.")
+    return coders, load_model(model, device=chosen, weight_processing=needed[0], progress=progress)
+
+
 def harvest_baseline(store: FeatureStore, out: Path, progress: bool, ranks: RankGrid) -> FeatureStore | None:
     """The same rows from an untrained dictionary, where the store's SAE and model are at hand."""
     opened = open_recorded(store, None, None, progress, "--model", ranks)

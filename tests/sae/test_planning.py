@@ -28,7 +28,7 @@ d_in, d_sae = int(sys.argv[1]), int(sys.argv[2])
 x = torch.randn(20_000, d_in, generator=torch.Generator().manual_seed(0)).bfloat16()
 activation = sl.BatchTopK(k=32) if sys.argv[3] == "batchtopk" else sl.TopK(k=32)
 cfg = sl.SAEConfig(d_in=d_in, d_sae=d_sae, activation=activation)
-sl.SAE(cfg, seed=0).fit(x, sl.TrainConfig(n_tokens=3 * 4096), progress=False)
+sl.SAE(cfg, seed=0).fit(x, sl.TrainConfig(n_tokens=3 * 4096, batch_size=4096), progress=False)
 print(next(line for line in open("/proc/self/status") if line.startswith("VmHWM")).split()[1])
 """
 
@@ -51,7 +51,7 @@ def test_peak_memory_is_that_of_a_process_that_trains(d_in: int, d_sae: int, act
     assert said.returncode == 0, said.stderr
     measured = int(said.stdout) * 2**10
     cfg = sl.SAEConfig(d_in=d_in, d_sae=d_sae, activation=activation)
-    plan = plan_training(cfg, sl.TrainConfig(n_tokens=3 * 4096), dtype=torch.bfloat16, n_tokens=20_000)
+    plan = plan_training(cfg, sl.TrainConfig(n_tokens=3 * 4096, batch_size=4096), dtype=torch.bfloat16, n_tokens=20_000)
     planned = plan.peak_bytes + 20_000 * d_in * 2  # the tensor, which is not read from a folder
     assert planned == pytest.approx(measured, rel=0.2)
     at_start = sum(plan.start_bytes.values()) > sum(plan.step_bytes.values())
@@ -218,7 +218,7 @@ def test_steps_that_are_timed_are_real() -> None:
 def test_a_plan_prints_and_its_rates_are_read_again(tmp_path: Path) -> None:
     rates = StepRates(1e-12, 2e-9, 3e-9, link=1e9)
     cfg = sl.SAEConfig(d_in=64, d_sae=256, activation=sl.TopK(k=4))
-    plan = plan_training(cfg, sl.TrainConfig(n_tokens=40_960), 2, 2, rates=rates)
+    plan = plan_training(cfg, sl.TrainConfig(n_tokens=40_960, batch_size=4096), 2, 2, rates=rates)
     text = str(plan)
     for part in ("2x2 (data x latents)", "peak", "checkpoint", "decoded rows", "time of the run", "without AuxK"):
         assert part in text

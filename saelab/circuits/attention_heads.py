@@ -1,0 +1,117 @@
+"""`split_by_head`: the direct effects on a feature of an attention output, head by head."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from jaxtyping import Float
+
+from saelab.circuits.graph import AttributionGraph
+from saelab.circuits.linear_effects import EMBEDDING, FEATURE, LinearEffects, Targets, Written, read_written
+from saelab.circuits.placement import Dictionaries, place_dictionaries
+from saelab.lm.model_checks import Model
+from saelab.stores.results import Result, format_table
+
+N_SHOWN = 10
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class HeadEffects(Result):
+    """Result of `split_by_head`: what each source adds to a feature through each head's frozen pattern and OV map."""
+
+    target: str
+    """the feature in words"""
+    tokens: tuple[str, ...]
+    sources: tuple[str, ...] = field(repr=False)
+    """each node of the graph in words"""
+    positions: np.ndarray = field(repr=False)
+    """(n_nodes,) token of each node"""
+    effects: Float[np.ndarray, "n_heads n_nodes"] = field(repr=False)
+    """summed over heads they are the graph's edges into the feature, but for those of biases"""
+
+    @property
+    def by_token(self) -> Float[np.ndarray, "n_heads n_tokens"]:
+        """Effects summed over the sources of each token."""
+        return np.stack([np.bincount(self.positions, row, len(self.tokens)) for row in self.effects])
+
+    def __str__(self) -> str:
+        order = np.argsort(-np.abs(self.effects), axis=None, kind="stable")[:N_SHOWN]
+        pairs = zip(*(part.tolist() for part in np.unravel_index(order, self.effects.shape)), strict=True)
+        rows = [[f"{self.effects[head, node]:+.3f}", str(head), self.sources[node]] for head, node in pairs]
+        return "\n".join([self.target, *format_table([["effect", "head", "source"], *rows], left=(2,))])
+
+
+def split_by_head(
+    graph: AttributionGraph, model: Model, transcoders: Dictionaries, node: int, *, allow_mismatch: bool = False
+) -> HeadEffects:
+    """The direct effects on a feature of an attention output's SAE, split into those through each head.
+
+        A_ts through head h = sum over tokens p of a^h_qp <w_t, W_O^h W_V^h norm(x_p)>     for what s writes into x_p
+
+    with the pattern a^h and the norm's scale frozen, and w_t the encoder's row of the feature.
+
+    Args:
+        graph: the graph.
+        model: the model it was traced in.
+        transcoders: the dictionaries it was traced with.
+        node: a feature of a dictionary that writes to an attention output.
+        allow_mismatch: accept dictionaries of another model, weight processing or hook point.
+
+    Raises:
+        ValueError: for a node of another kind, other dictionaries than the graph's, and a model that has no hook point
+            in front of the heads' common output map.
+    """
+    placement = place_dictionaries(model, transcoders, allow_missing=True, allow_mismatch=allow_mismatch)
+    points = tuple(one.write for one in placement.dictionaries)
+    if points != graph.dictionaries:
+        raise ValueError(f"The dictionaries must be the graph's, {list(graph.dictionaries)}, got {list(points)}.")
+    source = int(graph.sources[node]) if 0 <= node < len(graph) and graph.is_kind("feature")[node] else -1
+    if source < 0 or placement.dictionaries[source].place.part != "attention":
+        raise ValueError(f"`node` must be a feature of an attention output to be split by head, got {node}.")
+    where = placement.dictionaries[source].place
+    heads = f"{where.stack}.{where.layer}.attn.hook_z"
+    if points[source] == heads:
+        raise ValueError(f"The heads must be behind what the dictionary reads, got one at '{heads}' itself.")
+    ids = torch.from_numpy(graph.token_ids)[None]
+    effects = LinearEffects.make(model, ids, read_written(model, ids, placement), (heads,))
+    place = [one.point for one in effects.written].index(points[source])
+    device = effects.frozen.ids.device
+    position, feature = (
+        torch.tensor([int(column[node])], device=device) for column in (graph.positions, graph.features)
+    )
+    output, row = effects.start(Targets(place, position, feature))
+    z = effects.readings.watched[heads]
+    (into,) = torch.autograd.grad(output, z, row[0], retain_graph=True)
+    n_heads = int(model.cfg.n_heads)  # type: ignore[attr-defined]
+    masks = torch.eye(n_heads, device=into.device).to(into)
+    rows = into.reshape(1, -1, n_heads, into.numel() // (len(graph.tokens) * n_heads)) * masks[:, None, :, None]
+    found = effects.effects_on(z, rows.reshape(n_heads, *z.shape), place)
+    number = {key: i for i, key in enumerate(_name_nodes(graph))}
+    split = np.zeros((n_heads, len(graph)), np.float32)
+    for start, one in zip(effects.starts, effects.written, strict=False):
+        known = [number.get(key, -1) for key in _name_sources(one, points, graph)]
+        own = np.flatnonzero(np.array(known) >= 0)
+        split[:, np.array(known)[own]] = found[:, start + own]
+    return HeadEffects(
+        target=graph.describe(node),
+        tokens=graph.tokens,
+        sources=tuple(graph.describe(i) for i in range(len(graph))),
+        positions=graph.positions,
+        effects=split,
+    )
+
+
+def _name_nodes(graph: AttributionGraph) -> Iterator[tuple[int, ...]]:
+    columns = (graph.kinds, graph.layers, graph.sources, graph.positions, graph.features)
+    return zip(*(column.tolist() for column in columns), strict=True)
+
+
+def _name_sources(one: Written, points: tuple[str, ...], graph: AttributionGraph) -> Iterator[tuple[int, ...]]:
+    """The same for the sources of a place; the model's biases, which have none, differ from them."""
+    source = -1 if one.dictionary is None else points.index(one.point)
+    kinds, positions = one.kinds.tolist(), one.positions.tolist()
+    features = one.features.tolist()
+    for kind, position, feature in zip(kinds, positions, features, strict=True):
+        shown = int(graph.token_ids[position]) if kind == EMBEDDING else feature if kind == FEATURE else -1
+        yield kind, one.layer, source, position, shown

@@ -1,0 +1,205 @@
+"""Which dictionary of a graph belongs where in the model, and which MLPs none of them covers."""
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal, TypeAlias
+
+import torch
+from torch import Tensor
+
+from saelab.lm.hook_points import hook_points_of
+from saelab.lm.model_checks import Model
+from saelab.sae.compatibility import match_places, require_threshold
+from saelab.sae.encoders import PursuitEncoder, Refined
+from saelab.sae.sae import SAE
+
+Dictionaries: TypeAlias = SAE | Sequence[SAE] | Mapping[str, SAE] | Mapping[tuple[str, str], SAE]
+"""Transcoders and SAEs; or by the hook point of each, (input, target) of a transcoder"""
+Part = Literal["input", "attention", "middle", "MLP", "output"]
+PARTS: tuple[Part, ...] = ("input", "attention", "middle", "MLP", "output")
+"""of a block, in the order in which it computes them"""
+_BLOCK = re.compile(r"(?P<stack>\w*blocks)\.(?P<layer>\d+)\.(?P<rest>.+)")
+_STARTS: dict[str, Part] = {
+    "hook_in": "input",
+    "hook_resid_pre": "input",
+    "ln1_post.hook_out": "attention",
+    "hook_attn_out": "attention",
+    "ln1": "input",
+    "attn": "attention",
+    "self_attn": "attention",
+    "linear_attn": "attention",
+    "ln2_post.hook_out": "MLP",
+    "hook_mlp_out": "MLP",
+    "ln2": "middle",
+    "hook_resid_mid": "middle",
+    "hook_mlp_in": "middle",
+    "mlp.hook_in": "middle",
+    "mlp": "MLP",
+    "moe": "MLP",
+    "hook_out": "output",
+    "hook_resid_post": "output",
+}
+"""part by what the rest of a hook point's name begins with, the first that fits"""
+
+
+@dataclass(frozen=True)
+class BlockPlace:
+    """Block and part of it that a hook point belongs to."""
+
+    stack: str
+    layer: int
+    part: Part
+
+
+@dataclass(frozen=True, eq=False)
+class PlacedDictionary:
+    """A transcoder or SAE, where it reads, and where its reconstruction and error replace what the model computes."""
+
+    sae: SAE
+    read: str
+    write: str
+    place: BlockPlace
+    """of what it writes"""
+
+    def find_slopes(self, u: Tensor, latents: Tensor) -> Tensor:
+        """Derivative of the codes of active latents by their pre-activations: 1, unless the activation bends them."""
+        with torch.enable_grad():
+            leaf = u.detach().requires_grad_()
+            codes = self.sae.cfg.activation.fire(leaf, self.sae.threshold_of(latents))
+            return torch.autograd.grad(codes.sum(), leaf)[0]
+
+    def skip(self, x: Tensor, centered: Tensor) -> Tensor | None:
+        """What the skip connection adds to what is written, without bias; linear in `centered`; None without one."""
+        sae = self.sae
+        if sae.W_skip is None:
+            return None
+        made = centered @ sae.W_skip
+        normalizer = sae.out_normalizer
+        made = made if normalizer.kind == "none" else normalizer.apply_matrix(made, normalizer.inverse)
+        return made * sae.output_scale(x.to(made))
+
+
+@dataclass(frozen=True, eq=False)
+class Placement:
+    """The dictionaries of a graph in the order of the model, and the MLPs that none of them replaces."""
+
+    dictionaries: tuple[PlacedDictionary, ...]
+    uncovered: tuple[tuple[int, str], ...]
+    """layer and hook point of each such MLP"""
+    start: str
+    """hook point at which the embeddings enter the first block"""
+
+
+def place_dictionaries(
+    model: Model, given: Dictionaries, *, allow_missing: bool = False, allow_mismatch: bool = False
+) -> Placement:
+    """Where each dictionary reads and writes, checked before the model runs.
+
+    Args:
+        model: the language model.
+        given: transcoders and SAEs, or by hook point.
+        allow_missing: accept layers whose MLP no transcoder replaces.
+        allow_mismatch: accept dictionaries of another model, weight processing or hook point.
+
+    Raises:
+        ValueError: for an SAE of an MLP's output, a transcoder between two blocks, two dictionaries of one place,
+            layers without a transcoder, another model or other weights, an encoder that is not one linear map, and a
+            width that is not the model's.
+    """
+    found = [_place(model, sae, names, allow_mismatch) for sae, names in _list_given(given)]
+    points = hook_points_of(model).points
+    for i, one in enumerate(found):
+        if any(points[one.write] is points[other.write] for other in found[:i]):
+            raise ValueError(f"A hook point must have one dictionary, got two for '{one.write}'; leave one out.")
+    stack, n_layers = _find_stack(model)
+    found.sort(key=lambda one: (one.place.layer, PARTS.index(one.place.part)))
+    covered = {one.place.layer for one in found if one.sae.cfg.d_out is not None and one.place.part != "attention"}
+    others = [(layer, name) for layer in range(n_layers) if layer not in covered if (name := _mlp(model, stack, layer))]
+    if others and not allow_missing:
+        raise ValueError(
+            f"Transcoders must cover the MLPs of all {n_layers} layers, got none for {[layer for layer, _ in others]}. "
+            "Give more, or allow_missing=True, which takes what these MLPs write for errors."
+        )
+    return Placement(tuple(found), tuple(others), f"{stack}.0.hook_in")
+
+
+def _list_given(given: Dictionaries) -> list[tuple[SAE, str | tuple[str, str] | None]]:
+    if isinstance(given, SAE):
+        return [(given, None)]
+    if isinstance(given, Mapping):
+        pairs: list[tuple[SAE, str | tuple[str, str] | None]] = [(sae, name) for name, sae in given.items()]
+    else:
+        pairs = [(sae, None) for sae in given]
+    if not pairs:
+        raise ValueError("`transcoders` must hold at least one, got none.")
+    return pairs
+
+
+def _place(model: Model, sae: SAE, names: str | tuple[str, str] | None, allow_mismatch: bool) -> PlacedDictionary:
+    places = match_places(sae, model, names, allow_mismatch)
+    require_threshold(sae)
+    if isinstance(sae.cfg.encoder, PursuitEncoder | Refined):
+        raise ValueError(
+            f"A dictionary must read by one linear map, got the encoder {sae.cfg.encoder}, of whose codes no "
+            "pre-activation exists that direct effects could add up to. Take one with encoder='linear'."
+        )
+    if sae.cfg.d_out is not None and len(places) == 1:
+        raise ValueError(
+            f"A transcoder must have the hook point of its target, got only '{places[0]}'; give transcoders as "
+            "{(input, target): transcoder}."
+        )
+    read, write = places[0], places[-1]
+    start, end = _locate(model, read), _locate(model, write)
+    if (start.stack, start.layer) != (end.stack, end.layer):
+        raise ValueError(f"A transcoder must read and write in one block, got '{read}' and '{write}'.")
+    if sae.cfg.d_out is None and end.part == "MLP":
+        raise ValueError(
+            f"An MLP must be replaced by a transcoder, got an SAE of its output ('{write}'): an MLP is not linear, so "
+            "no effects on such features can be told. Train a transcoder from the MLP's input to its output."
+        )
+    if sae.cfg.d_out is not None and PARTS.index(start.part) >= PARTS.index(end.part):
+        raise ValueError(f"A transcoder must read before it writes, got '{read}' and '{write}'.")
+    for name, place, width in ((read, start, sae.cfg.d_in), (write, end, sae.cfg.d_target)):
+        wide = _has_model_width(name, place)
+        if wide and width != model.cfg.d_model:
+            raise ValueError(
+                f"A dictionary at '{name}' must have the model's width ({model.cfg.d_model}) there, got {width}."
+            )
+    return PlacedDictionary(sae, read, write, end)
+
+
+def _has_model_width(name: str, place: BlockPlace) -> bool:
+    local = name.split(".", 2)[2]
+    return place.part in ("input", "middle", "output") or local in ("hook_attn_out", "hook_mlp_out", "mlp.hook_out")
+
+
+def _locate(model: Model, name: str) -> BlockPlace:
+    """Block and part of a hook point, by its own name or by that of the module that it is."""
+    for known in (name, str(hook_points_of(model).find(name).name)):
+        if match := _BLOCK.fullmatch(known):
+            rest = match["rest"]
+            for start, part in _STARTS.items():
+                if rest == start or rest.startswith(f"{start}."):
+                    return BlockPlace(match["stack"], int(match["layer"]), part)
+    raise ValueError(
+        f"A dictionary must be at an MLP, at an attention output or in the residual stream, got '{name}'. Choose "
+        "another hook point."
+    )
+
+
+def _find_stack(model: Model) -> tuple[str, int]:
+    """Name of the blocks, and how many there are."""
+    found = [match for name in hook_points_of(model).points if (match := _BLOCK.fullmatch(name))]
+    stacks = {match["stack"] for match in found}
+    if not stacks:
+        raise ValueError(f"A model must consist of blocks, got {type(model.original_model).__name__} without any.")
+    stack = min(stacks, key=lambda name: (name != "blocks", name))
+    return stack, 1 + max(int(match["layer"]) for match in found if match["stack"] == stack)
+
+
+def _mlp(model: Model, stack: str, layer: int) -> str | None:
+    """Hook point of what the MLP of a layer writes; None for a block without one."""
+    points = hook_points_of(model).points
+    names = [f"{stack}.{layer}.{rest}" for rest in ("hook_mlp_out", "mlp.hook_out", "mlp.out.hook_out")]
+    return next((name for name in names if name in points), None)

@@ -1,0 +1,68 @@
+"""`saelab trace`: the attribution graph of a prompt."""
+
+from pathlib import Path
+from typing import Annotated
+
+from typer import Argument, Option
+
+from saelab.cli import options
+from saelab.cli.sources import Source
+from saelab.cli.terminal import echo
+
+TRACE = Source("saelab.circuits.tracing:trace")
+
+
+@options.documented_by(TRACE)
+def trace_prompt(
+    model: options.ModelName,
+    saes: Annotated[
+        list[str],
+        Argument(metavar="SAE", help="Folders or Hub ids of transcoders of the MLPs, and SAEs of other places."),
+    ],
+    prompt: Annotated[str, Argument(metavar="PROMPT", help="Text whose next token is explained.")],
+    target: Annotated[
+        list[str],
+        Option("--target", help="Token to explain; may be given again.", metavar="TOKEN", show_default="most probable"),
+    ] = [],  # noqa: B006 - typer copies it
+    out: Annotated[
+        Path | None, Option(help="File for the graph.", metavar="FILE", show_default="none is written")
+    ] = None,
+    nodes: Annotated[float, Option(help="Share of influence that nodes are kept for; 1 is all.", metavar="X")] = 0.8,
+    edges: Annotated[float, Option(help="Share of the edges between them.", metavar="X")] = 0.98,
+    check: Annotated[
+        bool, Option("--check", help="Ablate and steer features to see whether the graph is right.")
+    ] = False,
+    batch_size: options.Count = TRACE.batch_size,
+    max_features: Annotated[int, Option(metavar="N")] = TRACE.max_features,
+    allow_missing: Annotated[bool, Option("--allow-missing")] = False,
+    allow_mismatch: options.AllowMismatch = False,
+    device: options.Device = None,
+    progress: options.Progress = True,
+) -> None:
+    """Show which tokens and features of a prompt cause its next token, as a graph of their direct effects.
+
+    The graph is pruned to its most influential nodes.
+    """
+    from saelab.circuits.graph_validation import validate
+    from saelab.circuits.tracing import trace
+    from saelab.cli.inputs import open_several
+
+    coders, lm = open_several(saes, model, device, progress)
+    graph = trace(
+        lm,
+        coders,
+        prompt,
+        targets=target or "top",
+        batch_size=batch_size,
+        max_features=max_features,
+        allow_missing=allow_missing,
+        allow_mismatch=allow_mismatch,
+    )
+    pruned = graph.prune(nodes, edges)
+    echo(str(pruned))
+    echo(f"the whole graph: replacement {graph.replacement_score:.3f}, completeness {graph.completeness_score:.3f}")
+    if check:
+        echo(str(validate(pruned, lm, coders, allow_mismatch=allow_mismatch, progress=progress)))
+    if out is not None:
+        pruned.save(out)
+        echo(f"{len(pruned):,} nodes and {len(pruned.edge_weights):,} edges in {out}.")

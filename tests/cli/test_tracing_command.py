@@ -1,0 +1,35 @@
+"""`saelab trace`: a graph from the shell is that of `trace`, and what is wrong is said in one line."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+from transcoders_made import make_coder
+
+import saelab as sl
+from saelab.circuits.graph import AttributionGraph
+from saelab.circuits.tracing import trace
+from saelab.cli.app import dispatch
+
+HOOK = "blocks.1.hook_resid_post"
+
+
+@pytest.fixture(autouse=True)
+def one_model(monkeypatch: pytest.MonkeyPatch, tiny: Any) -> None:
+    monkeypatch.setattr("saelab.lm.models.tiny_model", lambda: tiny)
+
+
+def test_a_graph_is_traced_checked_and_written(tiny, tiny_tokens, capsys, tmp_path) -> None:
+    coder = make_coder(is_transcoder=False)
+    coder.provenance = sl.collect(tiny, tiny_tokens[:2], HOOK, progress=False).provenance
+    coder.save_pretrained(tmp_path / "sae")
+    words = ["trace", "tiny", str(tmp_path / "sae"), "A fox", "--no-progress"]
+    assert dispatch(words) == 2 and "--allow-missing" in capsys.readouterr().err
+    words += ["--allow-missing", "--target", "a", "--target", "b", "--nodes", "0.9"]
+    assert dispatch([*words, "--check", "--out", str(tmp_path / "graph.json")]) == 0
+    said = capsys.readouterr().out
+    assert "targets: logit 'a'" in said and "the whole graph: replacement" in said and "Spearman" in said
+    expected = trace(tiny, coder, "A fox", targets=["a", "b"], allow_missing=True).prune(0.9)
+    found = AttributionGraph.load(tmp_path / "graph.json")
+    assert str(found) == str(expected) and f"{len(found)} nodes and" in said
+    np.testing.assert_allclose(found.edge_weights, expected.edge_weights)
