@@ -44,8 +44,8 @@ def source_norms(sae: SAEModule) -> Float[Tensor, "n_sources d_sae"]:
         ValueError: for an SAE of one source.
 
     >>> two = tuple(sl.stores.JoinedSource(name=name, d_in=4) for name in "ab")
-    >>> sae = sl.SAE(sl.SAEConfig(d_in=8, d_sae=16, sources=two), seed=0)
-    >>> source_norms(sae).square().sum(0).allclose(torch.ones(16))
+    >>> sae = sl.SAE(sl.SAEConfig(d_in=8, d_sae=64, sources=two), seed=0)
+    >>> source_norms(sae).square().sum(0).allclose(torch.ones(64))
     True
     """
     if sae.cfg.sources is None:
@@ -64,8 +64,8 @@ def relative_norms(sae: SAEModule) -> Float[Tensor, "n_sources d_sae"]:
         ValueError: for an SAE of one source.
 
     >>> two = tuple(sl.stores.JoinedSource(name=name, d_in=4) for name in "ab")
-    >>> relative_norms(sl.SAE(sl.SAEConfig(d_in=8, d_sae=16, sources=two), seed=0)).shape
-    torch.Size([2, 16])
+    >>> relative_norms(sl.SAE(sl.SAEConfig(d_in=8, d_sae=64, sources=two), seed=0)).shape
+    torch.Size([2, 64])
     """
     norms = source_norms(sae)
     return norms / norms.sum(0).clamp(min=1e-30)

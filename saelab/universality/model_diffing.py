@@ -136,10 +136,12 @@ def diff_models(
 
         strength of m = argmin_beta sum_i ||e_m,i + z_i d_m - beta z_i d||^2,    d the row of the larger norm
 
+    with z and e_m less their means, so that a latent which is seldom 0 is not mistaken for a bias.
+
     `nu_error` is the weaker source's strength over the stronger's. Below `absent` the latent is of one source alone,
-    unless the other reconstructs the same without it: `nu_reconstruction`, with the centered reconstruction in place of
-    e_m + z d_m, is then at least `decoupled`. Sources of other spaces have no direction in common: there a strength is
-    the norm of the best direction, ||sum_i z_i (e_m,i + z_i d_m)|| / sum_i z_i^2, estimated from two halves of the rows
+    unless the other reconstructs the same without it: `nu_reconstruction`, with the reconstruction in place of e_m + z
+    d_m, is then at least `decoupled`. Sources of other spaces have no direction in common: there a strength is the norm
+    of the best direction, `||sum_i z_i (e_m,i + z_i d_m)|| / sum_i z_i^2`, from the product of two halves of the rows,
     so that noise adds nothing.
 
     A latent is unsure where it fires on fewer than `min_count` tokens, or where `nu_error` has a standard deviation of
@@ -151,7 +153,7 @@ def diff_models(
         a: name of a source; None is the first.
         b: name of another; None is the second.
         same_space: whether directions of both sources mean the same, as those of a model and its fine-tuned copy at one
-            hook point do; None is where the widths and hook points are equal.
+            hook point do; None is where widths and hook points are equal and the normalizer turns no direction.
         absent: relative strength below which a latent is absent.
         shared: relative strength from which on it is shared.
         decoupled: relative strength in the reconstruction from which on other latents stand for it.
@@ -160,7 +162,7 @@ def diff_models(
 
     Raises:
         ValueError: for an SAE of one source, names that are none of its sources or equal, activations of other sources,
-            limits out of order, and directions of different widths.
+            limits out of order, and directions that cannot be compared.
 
     >>> x = torch.randn(2000, 4, generator=torch.Generator().manual_seed(0))
     >>> acts = Activations.join({"base": Activations.from_tensor(x), "tuned": Activations.from_tensor(x)})
@@ -180,10 +182,14 @@ def diff_models(
         raise ValueError(f"`acts` must be as wide as all sources together ({sae.cfg.d_in}), got {acts.d_in}.")
     columns = [find_columns(sae.cfg, name) for name in names]
     widths = [part.stop - part.start for part in columns]
+    turned = sae.cfg.normalizer == "whiten"
     if same_space is None:
-        same_space = widths[0] == widths[1] and _share_hook_point(acts, names)
-    if same_space and widths[0] != widths[1]:
-        raise ValueError(f"`same_space` must be False for sources of different widths, got {widths}.")
+        same_space = not turned and widths[0] == widths[1] and _share_hook_point(acts, names)
+    if same_space and (turned or widths[0] != widths[1]):
+        raise ValueError(
+            "`same_space` must be False for sources of different widths or whitened apart, got widths "
+            f"{widths} and normalizer '{sae.cfg.normalizer}'."
+        )
     found = _Sums.measure(sae, acts)
     order = [source.name for source in sae.cfg.sources or ()]
     norms = source_norms(sae).double()[[order.index(name) for name in names]]
@@ -191,17 +197,11 @@ def diff_models(
     weaker = 1 - stronger
     d = [sae.W_dec.detach().double()[:, part] for part in columns]
     row = torch.where((stronger == 0)[:, None], d[0], d[1]) if same_space else None
-    strength = torch.stack(
-        [
-            _strength([half[:, part] + d_m for half in found.errors], found.weights, row)
-            for part, d_m in zip(columns, d, strict=True)
-        ]
-    )
-    carried = torch.stack(
-        [_strength([half[:, part] for half in found.rebuilt], found.weights, row) for part in columns]
-    )
+    each = list(zip(columns, d, strict=True))
+    strength = torch.stack([_strength(found.errors[..., part] + d_m, found.spread, row) for part, d_m in each])
+    carried = torch.stack([_strength(found.rebuilt[..., part], found.spread, row) for part in columns])
     missed = torch.stack([_noise(found.missed[part, part], row, sae.cfg.d_sae) for part in columns])
-    spread = found.spread.clamp(min=0).sqrt() / found.squares.clamp(min=1e-30)
+    spread = found.spread.sum((0, 2)).rsqrt()
     nu, nu_r = _divide(strength, weaker, stronger), _divide(carried, weaker, stronger)
     above = strength.gather(0, stronger[None])[0].abs().clamp(min=1e-30)
     noise = missed.gather(0, weaker[None])[0] * spread / above
@@ -242,20 +242,20 @@ def diff_models(
 
 
 def _strength(
-    halves: list[Float[Tensor, "d_sae d"]], weights: Float[Tensor, "2 d_sae 1"], row: Float[Tensor, "d_sae d"] | None
+    halves: Float[Tensor, "2 d_sae d"], spread: Float[Tensor, "2 d_sae 1"], row: Float[Tensor, "d_sae d"] | None
 ) -> Float[Tensor, "d_sae"]:
     """Length of regressions along a direction, in units of its length; without one, their norm from the product of the
     two halves, whose noise is independent.
     """
     if row is None:
         return (halves[0] * halves[1]).sum(1).clamp(min=0).sqrt()
-    whole = halves[0] * weights[0] + halves[1] * weights[1]
+    whole = (halves * spread).sum(0) / spread.sum(0)
     return (whole * row).sum(1) / row.square().sum(1).clamp(min=1e-30)
 
 
 def _noise(missed: Float[Tensor, "d d"], row: Float[Tensor, "d_sae d"] | None, n: int) -> Float[Tensor, "n"]:
     """Standard deviation of what a reconstruction misses, along a direction and in units of its length, or of one of
-    its coordinates: that of a strength over all pairings of codes and rows is this times `sqrt(spread) / squares`.
+    its coordinates. That of a strength over all pairings of codes and rows is this over the root of the codes' spread.
     """
     if row is None:
         return (missed.trace() / len(missed)).sqrt().expand(n)
@@ -307,17 +307,15 @@ class _Sums:
     firings: Int[Tensor, "d_sae"]
     squares: Float[Tensor, "d_sae"]
     """sum of squared codes"""
-    spread: Float[Tensor, "d_sae"]
-    """the same about the mean of the codes"""
+    spread: Float[Tensor, "2 d_sae 1"]
+    """sum of squared codes about their mean over all rows, in either half of the rows"""
     missed: Float[Tensor, "d_in d_in"]
-    """mean products of what reconstructions miss"""
+    """covariance of what reconstructions miss"""
     variance: Float[Tensor, "d_in"]
-    errors: list[Float[Tensor, "d_sae d_in"]]
-    """`sum z (e - mean e) / sum z^2` in either half of the rows"""
-    rebuilt: list[Float[Tensor, "d_sae d_in"]]
+    errors: Float[Tensor, "2 d_sae d_in"]
+    """`sum (z - mean z) (e - mean e) / spread` in either half, e what reconstructions miss"""
+    rebuilt: Float[Tensor, "2 d_sae d_in"]
     """the same of reconstructions"""
-    weights: Float[Tensor, "2 d_sae 1"]
-    """share of each half in `squares`"""
 
     @classmethod
     def measure(cls, sae: SAE, acts: Activations) -> "_Sums":
@@ -327,43 +325,40 @@ class _Sums:
         def zeros(*shape: int) -> Tensor:
             return torch.zeros(*shape, dtype=torch.float64, device=sae.device)
 
-        errors, rebuilt, codes_sum, squares = (
-            zeros(2, d_sae, d_in),
-            zeros(2, d_sae, d_in),
-            zeros(2, d_sae),
-            zeros(2, d_sae),
-        )
+        products, sums = zeros(2, 2, d_sae, d_in), zeros(2, 2, d_in)
+        codes_sum, squares, n_rows = zeros(2, d_sae), zeros(2, d_sae), zeros(2)
         firings, missed = torch.zeros(d_sae, dtype=torch.long, device=sae.device), zeros(d_in, d_in)
-        error_sum, rebuilt_sum, x_sum, x_squares = (zeros(d_in) for _ in range(4))
+        x_sum, x_squares = zeros(d_in), zeros(d_in)
         for start in range(0, len(acts), PART):
             for half, part in enumerate(acts[start : start + PART].tensor_split(2)):
-                target = sae.center(part)
-                codes = sae.encode_sparse(part)
+                target, codes = sae.center(part), sae.encode_sparse(part)
                 found = codes.decode(sae.W_dec)
                 error = target - found
-                errors[half] += _product(codes, error)
-                rebuilt[half] += _product(codes, found)
+                for which, rows in enumerate((error, found)):
+                    products[which, half] += _product(codes, rows)
+                    sums[which, half] += rows.sum(0)
                 codes_sum[half].index_add_(0, codes.indices, codes.values.double())
                 squares[half].index_add_(0, codes.indices, codes.values.double().square())
                 firings += torch.bincount(codes.indices, minlength=d_sae)
+                n_rows[half] += len(part)
                 missed += error.double().T @ error.double()
-                error_sum, rebuilt_sum = error_sum + error.sum(0), rebuilt_sum + found.sum(0)
                 x_sum, x_squares = x_sum + target.sum(0), x_squares + target.square().sum(0)
-        n, size = len(acts), squares.clamp(min=1e-30)[:, :, None]
-        regressed = [
-            list((total - codes_sum[:, :, None] * mean / n) / size)
-            for total, mean in ((errors, error_sum), (rebuilt, rebuilt_sum))
-        ]
+        n, code_mean, means = len(acts), codes_sum.sum(0) / len(acts), sums.sum(1) / len(acts)
+        spread = squares - 2 * code_mean * codes_sum + n_rows[:, None] * code_mean.square()
+        spread = spread.clamp(min=1e-30)[:, :, None]
+        for which, mean in enumerate(means):
+            for half in (0, 1):
+                rest = sums[which, half] - n_rows[half] * mean
+                products[which, half] -= torch.outer(code_mean, rest) + torch.outer(codes_sum[half], mean)
         return cls(
             n=n,
             firings=firings,
             squares=squares.sum(0),
-            spread=squares.sum(0) - codes_sum.sum(0).square() / n,
-            missed=missed / n - torch.outer(error_sum, error_sum) / n**2,
+            spread=spread,
+            missed=missed / n - torch.outer(means[0], means[0]),
             variance=x_squares / n - (x_sum / n).square(),
-            errors=regressed[0],
-            rebuilt=regressed[1],
-            weights=squares[:, :, None] / squares.sum(0).clamp(min=1e-30)[:, None],
+            errors=products[0] / spread,
+            rebuilt=products[1] / spread,
         )
 
 
