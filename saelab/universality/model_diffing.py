@@ -76,6 +76,24 @@ class ModelDiff(Result):
         pairs = zip(self.kinds, self.kinds_by_norm, strict=True)
         return np.array([norm.startswith("only") and kind.startswith(("weak", "shared")) for kind, norm in pairs])
 
+    @property
+    def gain(self) -> Float[np.ndarray, "d_sae"]:
+        """Share of the stronger source's variance that a latent adds to the weaker one's: `variance_frac` times `1 -
+        nu_error`, at least 0; 0 for latents that are unsure or silent."""
+        open_ = np.isin(np.array(self.kinds), ("unsure", "silent"))
+        return np.where(open_, 0.0, self.variance_frac * np.clip(1 - np.nan_to_num(self.nu_error), 0, None))
+
+    def rank(self, side: Literal["a", "b"], n: int | None = None) -> list[int]:
+        """Numbers of the latents that are stronger in a source, those of the largest gain first, whatever their kind.
+
+        Args:
+            side: the source.
+            n: number of latents; None is all with a gain above 0.
+        """
+        stronger = self.relative_norm < 0.5 if side == "a" else self.relative_norm >= 0.5
+        chosen = np.flatnonzero(stronger & (self.gain > 0))
+        return chosen[np.argsort(-self.gain[chosen], kind="stable")][:n].tolist()
+
     def top(self, kind: LatentKind, n: int | None = None) -> list[int]:
         """Numbers of the latents of a kind, those of the largest share of variance first.
 
