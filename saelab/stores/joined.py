@@ -25,7 +25,7 @@ class JoinedSource:
 
 
 @runtime_checkable
-class _Part(Protocol):
+class _SourceRows(Protocol):
     """Activations of one source."""
 
     def __len__(self) -> int: ...
@@ -40,7 +40,7 @@ class _Part(Protocol):
 
     def __getitem__(self, index: Tensor) -> Tensor: ...
 
-    def rows(self, start: int, stop: int) -> "_Part": ...
+    def rows(self, start: int, stop: int) -> "_SourceRows": ...
 
 
 class JoinedRows:
@@ -55,7 +55,9 @@ class JoinedRows:
         ValueError: for fewer than two sources, rows that do not exist, and sources of other tokens.
     """
 
-    def __init__(self, parts: Mapping[str, _Part], rows: Mapping[str, Int[Tensor, " n_tokens"]], column: str) -> None:
+    def __init__(
+        self, parts: Mapping[str, _SourceRows], rows: Mapping[str, Int[Tensor, " n_tokens"]], column: str
+    ) -> None:
         if len(parts) < 2:
             raise ValueError(f"`sources` must be at least two activations by name, got {sorted(parts)}.")
         if unknown := sorted(set(rows) - set(parts)):
