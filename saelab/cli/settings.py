@@ -73,6 +73,29 @@ def load_activations(
     return Activations.load(folder, read), Activations.load(folder, target)
 
 
+def join_activations(
+    rows: Activations, acts: Path, beside: Sequence[Path], hook_point: str | None, target: str | None
+) -> Activations:
+    """Activations with those of other folders side by side, by the names of the folders.
+
+    Args:
+        rows: activations that were read.
+        acts: their folder.
+        beside: the other folders.
+        hook_point: hook point in each, or None.
+        target: a transcoder's target; must be None.
+
+    Raises:
+        ValueError: a target, folders of one name, and activations of other tokens.
+    """
+    folders = [acts, *beside]
+    names = [folder.resolve().name for folder in folders]
+    if target is not None or len(set(names)) < len(names):
+        raise ValueError(f"`--beside` must name folders of other names, without `--target`, got {names}.")
+    others = {name: Activations.load(folder, hook_point) for name, folder in zip(names[1:], beside, strict=True)}
+    return Activations.join({names[0]: rows, **others})
+
+
 def read_activation(text: str, k: int | None = None) -> Activation:
     """An activation spelled as `NAME,setting=value,...`, with `k` as its number of latents a token: kept ones, or the
     target of a penalized one; None is its own default.

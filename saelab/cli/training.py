@@ -84,6 +84,15 @@ def train_sae(
     skip: Annotated[
         bool, Option("--skip", help="Give the transcoder a linear connection in parallel to its latents.")
     ] = False,
+    beside: Annotated[
+        list[Path] | None,
+        Option(
+            help="Another folder of activations of the same tokens, such as a fine-tuned model's, for a crosscoder; "
+            "may be repeated. Sources have the names of their folders.",
+            metavar="ACTS",
+            show_default="none",
+        ),
+    ] = None,
     device: options.Device = None,
     mesh: Annotated[
         str | None,
@@ -118,6 +127,8 @@ def train_sae(
 
     shape, kind = settings.read_mesh(mesh), choose_device(device)
     rows, targets = settings.load_activations(acts, hook_point, target)
+    if beside:
+        rows = settings.join_activations(rows, acts, beside, hook_point, target)
     cfg = SAEConfig(
         d_in=rows.d_in,
         d_sae=d_sae,
@@ -130,6 +141,7 @@ def train_sae(
         objective=settings.read_objective(objective or [], AuxK(dead_after_tokens=dead_after_tokens) if aux else None),
         d_out=None if targets is None else targets.d_in,
         skip=skip,
+        sources=rows.sources,
     )
     size = default_batch_size(n_tokens) if batch_size is None else batch_size
     budget = TrainConfig(

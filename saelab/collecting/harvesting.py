@@ -187,12 +187,14 @@ def sae_fingerprint(sae: SAE) -> str:
 
 
 def require_harvested(store: FeatureStore, sae: SAE) -> None:
-    """Raise ValueError for an SAE other than the one whose codes a store holds, compared by a hash of its weights.
+    """Raise ValueError for an SAE other than the one whose codes a store holds, compared by a hash of its weights; a
+    source of a crosscoder goes with the crosscoder's codes.
 
     A store that was converted from another tool's files records no hash: there only the number of features is compared.
     """
     recorded, made = store.manifest.request.get("sae"), sae_fingerprint(sae)
-    if sae.cfg.d_sae != store.d_sae or recorded not in (None, made):
+    whole = None if sae.whole is None or recorded == made else sae_fingerprint(sae.whole[0])
+    if sae.cfg.d_sae != store.d_sae or recorded not in (None, made, whole):
         raise ValueError(
             f"`sae` must be the one that was harvested, {store.d_sae} features and fingerprint {recorded}, got "
             f"{sae.cfg.d_sae} and {made}. Give that one, or harvest again."

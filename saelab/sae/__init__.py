@@ -70,6 +70,7 @@ if TYPE_CHECKING:
     )
     from saelab.sae.sae import SAE as SAE, fit as fit
     from saelab.sae.soft_frozen import SoftFrozen as SoftFrozen
+    from saelab.sae.source_views import relative_norms as relative_norms, source_norms as source_norms
     from saelab.sae.training_sae import StepLosses as StepLosses, TrainingSAE as TrainingSAE
 
 __getattr__, __dir__, __all__ = attach(__name__)

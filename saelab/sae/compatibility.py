@@ -10,6 +10,7 @@ from saelab.lm.masks import TokenMask
 from saelab.lm.model_checks import Model, is_same_shape, is_same_weights
 from saelab.lm.models import describe_model, is_same_model
 from saelab.sae.sae import SAE
+from saelab.sae.source_views import check_sources_of
 from saelab.stores.activations import Activations
 from saelab.stores.manifest import Provenance
 
@@ -86,6 +87,11 @@ def match_places(
         ValueError: where one of them differs, where no hook point is known, or the model has none of that name.
     """
     require_finite(sae)
+    if sae.cfg.sources is not None:
+        raise ValueError(
+            f"An SAE must read one hook point to be used on a model, got a crosscoder of "
+            f"{[source.name for source in sae.cfg.sources]}; take one of them: sae.source(name)."
+        )
     names = _choose_places(sae, hook_point)
     for name in names:
         hook_points_of(model).find(name)
@@ -118,10 +124,15 @@ def _choose_places(sae: SAE, given: str | tuple[str, str] | None) -> tuple[str, 
 
 def match_activations(sae: SAE, acts: Activations, allow_mismatch: bool) -> None:
     """Raise ValueError where activations come from another model, weight processing or hook point than the SAE's
-    training data.
+    training data, or of other sources.
     """
+    check_sources_of(sae, acts)
     trained, here = sae.provenance, acts.provenance
-    if trained and here and not allow_mismatch:
+    if trained and here and trained.sources and here.sources and not allow_mismatch:
+        for name in trained.sources:
+            one, other = trained.at_source(name), here.at_source(name)
+            _refuse(_differ([*_model_of(one, other), (f"hook point of '{name}'", one.hook_point, other.hook_point)]))
+    elif trained and here and not allow_mismatch:
         hook_points = [("hook point", trained.hook_point, here.hook_point)]
         _refuse(_differ([*_model_of(trained, here), *hook_points]))
 

@@ -26,12 +26,17 @@ from saelab.sae.objectives.reconstruction import ReconstructionLoss
 from saelab.sae.objectives.sparsity import SparsityLoss
 from saelab.sae.objectives.terms import LOSS_TERMS, LossTerm, read_loss_term
 from saelab.sae.soft_frozen import SoftFrozen
+from saelab.stores.joined import JoinedSource, check_sources
 from saelab.stores.validation import read_fields, require_object
 from saelab.training.schedules import Schedule
 
 MAX_WIDTH = 2**31
+LATER = (
+    "d_out", "skip", "encoder", "duplicates", "sparsity_schedule", "pruning", "train_encoder", "sources", "encode_from"
+)  # fmt: skip
 Dictionary = Literal["unit", "free", "frozen"]
 Init = Literal["tied", "data", "subspace"]
+EncodeFrom = Literal["all", "any"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,7 +72,9 @@ class SAEConfig:
     """Configuration of an SAE or transcoder: its widths and every architectural choice. Training has its own
     `TrainConfig`.
 
-    With `d_out` it is a transcoder: it reconstructs other activations, of that width, from those it reads.
+    With `d_out` it is a transcoder: it reconstructs other activations, of that width, from those it reads. With
+    `sources` it is a crosscoder: its activations are those of several sources side by side, as `Activations.join` puts
+    them, and each latent has a decoder row for every source.
 
     >>> SAEConfig(d_in=64, d_sae=1024, activation=TopK(k=16), prefixes=(64, 256, 1024)).prefixes
     (64, 256, 1024)
@@ -123,9 +130,15 @@ class SAEConfig:
     """whether W_enc and b_enc are trained; without, they stay at their initial values, a baseline (arXiv:2602.14111),
     but for one shift of all biases where that is how ReLU reaches its target L0
     """
+    sources: tuple[JoinedSource, ...] | None = None
+    """names and widths of a crosscoder's sources, whose sum is d_in: `Activations.sources`; None for one source"""
+    encode_from: EncodeFrom = "all"
+    """what a crosscoder's codes are computed from: "all" sources together, or "any" one of them, as in a universal SAE
+    (arXiv:2502.03714): each training step reads one source in turn and reconstructs all
+    """
 
     def __post_init__(self) -> None:
-        for name in ("prefixes", "objective"):
+        for name in ("prefixes", "objective", "sources"):
             if isinstance(getattr(self, name), list):
                 object.__setattr__(self, name, tuple(getattr(self, name)))
         for name in ("d_in", "d_sae", "d_out"):
@@ -143,6 +156,7 @@ class SAEConfig:
                 f"`normalizer` of a transcoder must be the same map for every token, got '{self.normalizer}': what it "
                 "measures of an input says nothing of the target. Take 'scale', or normalize the inputs before."
             )
+        self._check_sources()
         self._check_encoder()
         if self.duplicates is not None:
             self.duplicates.check(self)
@@ -174,6 +188,11 @@ class SAEConfig:
     def aux(self) -> AuxK | None:
         """The AuxK term of the objective, or None."""
         return next((term for term in self.objective if isinstance(term, AuxK)), None)
+
+    @property
+    def widths(self) -> tuple[int, ...] | None:
+        """Widths of a crosscoder's sources; None for one source."""
+        return None if self.sources is None else tuple(source.d_in for source in self.sources)
 
     @property
     def d_target(self) -> int:
@@ -246,6 +265,23 @@ class SAEConfig:
                 "fixed coefficient, give SparsityLoss(coefficient=Schedule(...)) in `objective`."
             )
 
+    def _check_sources(self) -> None:
+        _check_choice("encode_from", self.encode_from, get_args(EncodeFrom))
+        if self.sources is None:
+            if self.encode_from != "all":
+                raise ValueError('`encode_from` must be "all" for an SAE of one source; give `sources`.')
+            return
+        check_sources(self.sources, self.d_in)
+        if self.d_out is not None:
+            raise ValueError("`d_out` must be None for a crosscoder, which reconstructs what it reads.")
+        if self.normalizer in PER_TOKEN:
+            raise ValueError(
+                f"`normalizer` of a crosscoder must be the same map for every token, got '{self.normalizer}', which "
+                "would measure a token over all sources. Take 'scale', or normalize the activations before."
+            )
+        if self.encode_from == "any" and self.encoder != "linear":
+            raise ValueError(f"`encoder` must be 'linear' to encode from any source, got {self.encoder}.")
+
     def _check_encoder(self) -> None:
         if isinstance(self.encoder, PursuitEncoder | Refined):
             self.encoder.check(self)
@@ -287,12 +323,12 @@ class SAEConfig:
     def to_dict(self) -> dict[str, Any]:
         """Configuration as a dictionary for JSON, the inverse of `from_dict`.
 
-        `d_out`, `skip`, `encoder`, `duplicates`, `sparsity_schedule`, `pruning` and `train_encoder` are left out at
-        their defaults. An objective of reconstruction, with AuxK or without, is written as `aux`, as in files of every
-        release; any other as `objective`.
+        What later releases added (`d_out`, `skip`, `sources` and others) is left out at its default. An objective of
+        reconstruction, with AuxK or without, is written as `aux`, as in files of every release; any other as
+        `objective`.
         """
         plain = asdict(self)
-        for name in ("d_out", "skip", "encoder", "duplicates", "sparsity_schedule", "pruning", "train_encoder"):
+        for name in LATER:
             if getattr(self, name) == SAEConfig.__dataclass_fields__[name].default:
                 del plain[name]
         if isinstance(self.encoder, PursuitEncoder | Refined):
@@ -338,6 +374,8 @@ class SAEConfig:
         for name, kind in parts.items():
             if isinstance(values.get(name), dict):
                 values[name] = read_fields(kind, values[name])
+        if isinstance(values.get("sources"), list):
+            values["sources"] = tuple(read_fields(JoinedSource, source) for source in values["sources"])
         if isinstance(values.get("encoder"), dict):
             values["encoder"] = read_encoder(values["encoder"])
         return read_fields(cls, values)

@@ -19,6 +19,7 @@ from saelab.sae.activation_functions import MIN_THRESHOLD, ReLU
 from saelab.sae.encoders import PursuitEncoder
 from saelab.sae.module import SAEModule
 from saelab.sae.sharding import check_ranks
+from saelab.sae.source_views import check_sources_of, find_columns, take_source
 from saelab.sae.training_sae import TrainingSAE
 from saelab.stores.activations import ActivationPairs, Activations
 from saelab.stores.manifest import Provenance
@@ -181,7 +182,10 @@ def match_thresholds(sae: SAEModule, rows: Float[Tensor, "n d_in"]) -> Float[Ten
 
 
 def mean_l0(sae: SAEModule, rows: Float[Tensor, "n width"]) -> float:
-    """Mean number of active latents per token."""
+    """Mean number of active latents per token; of a crosscoder that encodes from any source, over its sources."""
+    if sae.cfg.encode_from == "any" and sae.cfg.sources is not None:
+        names = [source.name for source in sae.cfg.sources]
+        return sum(mean_l0(take_source(sae, name), rows[:, find_columns(sae.cfg, name)]) for name in names) / len(names)
     parts = (part[:, : sae.cfg.d_in].to(sae.W_dec) for part in rows.split(PART))
     return sum(int(sae.encode_sparse(part).l0.sum()) for part in parts) / len(rows)
 
@@ -201,7 +205,9 @@ def measure(sae: SAEModule, rows: Float[Tensor, "n width"]) -> dict[str, Any]:
     firings = fires.firings
     return {
         "n_tokens": len(rows),
-        "l0": float(firings.sum()) / max(1, len(rows)),
+        "l0": mean_l0(sae, rows)
+        if cfg.encode_from == "any" and len(rows)
+        else float(firings.sum()) / max(1, len(rows)),
         "fvu": sums.fvu if len(rows) else math.nan,
         "dead_frac": float((firings == 0).double().mean()),
     }
@@ -246,6 +252,7 @@ def make_run(
     """
     acts = open_data(acts)
     for sae in saes:
+        check_sources_of(sae, acts)
         check_widths(sae, acts.d_in, getattr(acts, "d_out", None))
     kept = open_data(held_out)[:] if held_out is not None else None  # type: ignore[index]
     paired = [term.name for sae in saes for term in sae.cfg.terms if "neighbors" in term.needs]

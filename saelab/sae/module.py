@@ -87,7 +87,7 @@ class SAEModule(nn.Module):
             self.threshold = nn.Parameter(threshold)
         else:
             self.register_buffer("threshold", threshold)
-        self.normalizer = Normalizer(cfg.normalizer, cfg.d_in)
+        self.normalizer = Normalizer(cfg.normalizer, cfg.d_in, cfg.widths)
         self.register_load_state_dict_pre_hook(_read_old_names)
         self.target_normalizer = None if cfg.d_out is None else Normalizer(cfg.normalizer, cfg.d_out)
 

@@ -28,18 +28,22 @@ class Normalizer(nn.Module):
     `token_norm`: `x sqrt(d_in) / ||x||`. `layer_norm`: `(x - mean(x)) / (std(x) + 1e-5)` over the token's own entries,
     with the sample standard deviation; its inverse multiplies by `std(x)` alone, as in OpenAI's and SAELens'
     implementations.
+
+    With `widths` the activations are those of several sources side by side, and M is fitted to each by itself: "scale"
+    has a factor for each, so that every one of n sources has E||(x - mean) M||^2 = d_in / n and none dominates, and
+    "whiten" has a block for each.
     """
 
     mean: Float[Tensor, "d_in"]
     matrix: Tensor
     inverse: Tensor
 
-    def __init__(self, kind: NormalizerKind, d_in: int) -> None:
+    def __init__(self, kind: NormalizerKind, d_in: int, widths: tuple[int, ...] | None = None) -> None:
         super().__init__()
-        self.kind = kind
+        self.kind, self.widths = kind, widths
         if kind == "none":
             return
-        unit = torch.eye(d_in) if kind == "whiten" else torch.ones(())
+        unit = torch.eye(d_in) if kind == "whiten" else torch.ones(() if widths is None else d_in)
         self.register_buffer("mean", torch.zeros(d_in))
         self.register_buffer("matrix", unit.clone())
         self.register_buffer("inverse", unit.clone())
@@ -49,7 +53,7 @@ class Normalizer(nn.Module):
         """Whether it is another map than the identity it starts as; never for kinds that learn nothing."""
         if self.kind == "none" or self.kind in PER_TOKEN:
             return False
-        unit = torch.eye(len(self.mean)).to(self.matrix) if self.matrix.ndim else torch.ones_like(self.matrix)
+        unit = torch.eye(len(self.mean)).to(self.matrix) if self.matrix.ndim == 2 else torch.ones_like(self.matrix)
         return bool(self.mean.any()) or not torch.equal(self.matrix, unit)
 
     @torch.no_grad()
@@ -61,16 +65,19 @@ class Normalizer(nn.Module):
         mean = x.mean(0)
         centered = x - mean
         self.mean.copy_(mean)
+        parts = centered.split(list(self.widths or (x.shape[1],)), dim=1)
         if self.kind == "scale":
-            root = (centered.square().sum(1).mean() / x.shape[1]).sqrt()
-            root = root if root > 0 else torch.ones_like(root)
-            self.inverse.copy_(root)
-            self.matrix.copy_(root.reciprocal())
+            share = x.shape[1] / len(parts)
+            roots = torch.stack([(part.square().sum(1).mean() / share).sqrt() for part in parts])
+            roots = torch.where(roots > 0, roots, 1.0)
+            if self.widths is not None:
+                roots = roots.repeat_interleave(torch.tensor(self.widths, device=roots.device))
+            self.inverse.copy_(roots.view_as(self.inverse))
+            self.matrix.copy_(roots.reciprocal().view_as(self.matrix))
             return
-        variances, directions = torch.linalg.eigh(centered.T @ centered / len(x))
-        roots = (variances.clamp(min=0) + RIDGE * variances[-1].clamp(min=1e-30)).sqrt()
-        self.matrix.copy_(directions / roots)
-        self.inverse.copy_((directions * roots).T)
+        maps, inverses = zip(*(_whiten(part) for part in parts), strict=True)
+        self.matrix.copy_(torch.block_diag(*maps))
+        self.inverse.copy_(torch.block_diag(*inverses))
 
     def normalize(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_in"]:
         """Normalized activations: `(x - mean) M`, or with the token's own statistics for per-token kinds."""
@@ -113,7 +120,7 @@ class Normalizer(nn.Module):
                 f"`normalizer` must be linear to be folded into weights, got '{self.kind}', which measures every "
                 "token; keep it, or normalize the activations before they come here."
             )
-        return self.matrix @ weight if self.matrix.ndim else self.matrix * weight
+        return self.matrix @ weight if self.matrix.ndim == 2 else self.matrix.view(-1, 1) * weight
 
     def _measure(self, x: Float[Tensor, "*batch d_in"]) -> tuple[Tensor, Tensor]:
         """Per-token shift and scale."""
@@ -124,5 +131,12 @@ class Normalizer(nn.Module):
 
     @staticmethod
     def apply_matrix(x: Float[Tensor, "*batch d_in"], matrix: Tensor) -> Float[Tensor, "*batch d_in"]:
-        """`x M`, for a matrix or a scalar M."""
-        return x @ matrix if matrix.ndim else x * matrix
+        """`x M`, for a matrix, or a scalar or diagonal M."""
+        return x @ matrix if matrix.ndim == 2 else x * matrix
+
+
+def _whiten(centered: Tensor) -> tuple[Tensor, Tensor]:
+    """The map of centered rows to principal components of unit variance, and its inverse."""
+    variances, directions = torch.linalg.eigh(centered.T @ centered / len(centered))
+    roots = (variances.clamp(min=0) + RIDGE * variances[-1].clamp(min=1e-30)).sqrt()
+    return directions / roots, (directions * roots).T

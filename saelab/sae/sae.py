@@ -36,6 +36,7 @@ from saelab.sae.formats.sources import SAEFiles
 from saelab.sae.module import SAEModule
 from saelab.sae.pretrained import check_config, fill, load, locate, on_meta, write_card, write_sae
 from saelab.sae.sharding import put_together, take_share
+from saelab.sae.source_views import cut_source
 from saelab.stores.files import read_settled, shareable, write_atomic
 from saelab.stores.jobs import hold_folder
 from saelab.stores.manifest import Provenance
@@ -66,6 +67,7 @@ class SAE(SAEModule):
         self.training_: dict[str, Any] | None = None
         self.history_: list[HistoryEntry] = []
         self.name_or_path = ""  # where it was loaded from or saved to
+        self.whole: tuple[SAE] | None = None  # the crosscoder that it is a source of; in a tuple as it is no submodule
 
     def fit(
         self,
@@ -291,6 +293,32 @@ class SAE(SAEModule):
             )
         return other
 
+    def source(self, name: str) -> "SAE":
+        """An SAE of one source of a crosscoder: its encoder, decoder rows, bias and normalizer, copied. Rows of W_dec
+        are no longer of unit norm.
+
+        What its features write is what they write there, so steering, direct logit effects and reports work as with any
+        SAE. Of a crosscoder that encodes from "any" source it has the codes of that source; of one that encodes from
+        "all" it has the crosscoder's codes where the other sources are at their bias, and so fires less. Stores of the
+        crosscoder's own codes go with it: `store.at_source(name)`.
+
+        Args:
+            name: name of the source.
+
+        Raises:
+            ValueError: for an SAE of one source, and for a name that is none of its sources.
+
+        >>> two = tuple(sl.stores.JoinedSource(name=name, d_in=4) for name in "ab")
+        >>> sl.SAE(sl.SAEConfig(d_in=8, d_sae=16, sources=two, activation=sl.TopK(k=2)), seed=0).source("a")
+        SAE(TopK(k=2), d_in=4, d_sae=16)
+        """
+        cfg, held = cut_source(self, name)
+        other = self._share(cfg, held)
+        joined = self.provenance is not None and self.provenance.sources is not None
+        other.provenance = self.provenance.at_source(name) if joined and self.provenance is not None else None
+        other.whole = (self,)
+        return other
+
     @torch.no_grad()
     def prune(self, tau: float = 0.1) -> "SAE":
         """The same SAE that in inference drops codes which the reconstruction hardly needs; weights are shared.
@@ -388,6 +416,7 @@ class SAE(SAEModule):
         cfg = self.cfg
         nested = f", prefixes={cfg.prefixes}" if cfg.prefixes else ""
         widths = f"d_in={cfg.d_in}, d_sae={cfg.d_sae}" + (f", d_out={cfg.d_out}" if cfg.d_out else "")
+        widths += f", sources={'+'.join(source.name for source in cfg.sources)}" if cfg.sources else ""
         more = (", skip" if cfg.skip else "") + (f", {cfg.encoder}" if cfg.encoder != "linear" else "")
         more += f", pruned by {cfg.pruning:g}" if cfg.pruning is not None else ""
         at = f", {self.provenance.place} of {shareable(self.provenance.model)}" if self.provenance else ""

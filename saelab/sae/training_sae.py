@@ -17,7 +17,7 @@ from saelab.functional.sparse_products import GradientMemory, SparseGradients
 from saelab.sae.activation_functions import MIN_THRESHOLD, ReLU
 from saelab.sae.activation_registry import Activation
 from saelab.sae.competition import activate_among
-from saelab.sae.encoders import PursuitEncoder, Refined
+from saelab.sae.encoders import PursuitEncoder
 from saelab.sae.module import SAEModule
 from saelab.sae.objectives.reconstruction import ReconstructionLoss
 from saelab.sae.objectives.terms import TrainingStep, find_entries, stack_groups
@@ -25,6 +25,7 @@ from saelab.sae.objectives.whole_step import STATE_PER_LATENT, WholeStep, group_
 from saelab.sae.placement import normalize_rows, place_weights, reorder_latents
 from saelab.sae.sharding import LATENT_AXIS, reconstruct_among
 from saelab.sae.soft_frozen import SoftFrozen, project_to_cones
+from saelab.sae.source_views import read_inputs
 from saelab.sae.step_codes import StepCodes, find_smallest, search_codes
 from saelab.training.config import TrainConfig
 from saelab.training.optimizer import differentiate, project_gradient
@@ -226,9 +227,8 @@ class TrainingSAE:
         sae, activation = self.sae, self.activation
         if isinstance(sae.cfg.encoder, PursuitEncoder):
             return self._pursuit_step(x, W_dec, sae.cfg.encoder, activation)
-        found = silent = centered = read = None
-        if isinstance(sae.cfg.encoder, Refined):
-            read = self.ranks.latents.share(sae.refine(x - sae.b_dec, activation, self.ranks))
+        found = silent = centered = None
+        read = read_inputs(sae, x, activation, self.ranks, int(self.state["n_steps"]))
         if not any("dense" in term.needs for term in sae.cfg.terms):
             with torch.no_grad():
                 centered = x if b_read is None else x - sae.b_dec

@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from saelab.stores.corpus import Places as Places, Spelling as Spelling, StoredText as StoredText
     from saelab.stores.feature_statistics import FeatureStatistics as FeatureStatistics
     from saelab.stores.feature_store import Feature as Feature, FeatureStore as FeatureStore, Firings as Firings
+    from saelab.stores.joined import JoinedSource as JoinedSource
     from saelab.stores.manifest import (
         FeatureManifest as FeatureManifest,
         Layout as Layout,

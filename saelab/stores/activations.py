@@ -4,6 +4,7 @@
 """
 
 from bisect import bisect_right
+from collections.abc import Mapping
 from itertools import accumulate
 from pathlib import Path
 from typing import Protocol, runtime_checkable
@@ -12,13 +13,12 @@ import torch
 from jaxtyping import Float, Int, Int32
 from torch import Tensor
 
+from saelab.stores.joined import PART_TOKENS, JoinedRows, JoinedSource
 from saelab.stores.manifest import INT_COLUMNS, ActivationsManifest, Provenance
 from saelab.stores.neighbors import NeighborBatches
 from saelab.stores.shuffling import BUFFER_TOKENS, ShuffledBatches
 from saelab.stores.tensors import map_tensor
 from saelab.stores.validation import naming
-
-PART_TOKENS = 1 << 20
 
 
 @runtime_checkable
@@ -96,6 +96,41 @@ class Activations:
             raise ValueError(f"Columns must be among {INT_COLUMNS}, got {unknown[:5]}. Remove them.")
         hook_point = provenance.hook_point if provenance else ""
         return cls(_MemoryRows({hook_point: x} | columns), hook_point, provenance)
+
+    @classmethod
+    def join(
+        cls, sources: Mapping[str, "Activations"], rows: Mapping[str, Int[Tensor, " n_tokens"]] | None = None
+    ) -> "Activations":
+        """Activations of several sources side by side, for a crosscoder: row i is row i of each, one after the other.
+
+        Sources are hook points of one model, or models, of the same tokens. Nothing is copied before it is read. Token
+        ids, documents and positions are those of the first source.
+
+        Args:
+            sources: two or more activations by name, in the order of the columns.
+            rows: for a source whose rows are not those of the others, such as of another tokenizer, its row for each
+                joined row. Tokens of such a source are not compared.
+
+        Raises:
+            ValueError: the sources are not of the same tokens and mask, or differ in length, or `rows` names rows or
+                sources that do not exist.
+
+        >>> a, b = (Activations.from_tensor(torch.full((3, 2), x)) for x in (0.0, 1.0))
+        >>> Activations.join({"base": a, "tuned": b})[1:].tolist()
+        [[0.0, 0.0, 1.0, 1.0], [0.0, 0.0, 1.0, 1.0]]
+        """
+        first = next(iter(sources.values()), None)
+        column = "" if first is None else first.hook_point
+        joined = JoinedRows(sources, rows or {}, column)
+        origins = {name: acts.provenance for name, acts in sources.items() if acts.provenance is not None}
+        if len(origins) < len(sources):
+            return cls(joined, column, None)
+        return cls(joined, column, Provenance.join(origins, joined.n_tokens, joined.index))
+
+    @property
+    def sources(self) -> tuple[JoinedSource, ...] | None:
+        """Names and widths of the sources that `join` put side by side; None for activations of one."""
+        return self._rows.sources if isinstance(self._rows, JoinedRows) else None
 
     @property
     def d_in(self) -> int:

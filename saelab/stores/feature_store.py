@@ -7,6 +7,7 @@ import hashlib
 from bisect import bisect_right
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import accumulate
@@ -132,6 +133,17 @@ class FeatureStore:
         """Origin of the activations that were encoded: model, hook point, text, mask."""
         with naming(self.folder / "manifest.json"):
             return Provenance.from_dict(self.manifest.provenance)
+
+    def at_source(self, name: str) -> "FeatureStore":
+        """The store of a crosscoder's codes as one of a source of its activations: the same rows and codes, with the
+        model and hook point of that source as provenance; it goes with `sae.source(name)`.
+
+        Raises:
+            ValueError: for a name that is none of the sources.
+        """
+        other = copy(self)
+        other.manifest = replace(self.manifest, provenance=self.provenance.at_source(name).to_dict())
+        return other
 
     def find_recorded(self, recorded: str) -> str:
         """A recorded name of an SAE or a model: a folder near the store or here where there is one, else the name."""

@@ -5,7 +5,7 @@ activations) is saved with everything that is made from them.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -352,18 +352,21 @@ class Provenance:
     "A few numbers computed from the language model's weights, which identify it whatever its name."
     autocast: str | None = None
     "Dtype of the language model's products under `torch.autocast`, where that was used."
+    sources: dict[str, dict[str, Any]] | None = None
+    "Provenance of each source by name, where several are joined; the other fields are those of the first."
 
     def to_dict(self) -> dict[str, Any]:
-        """The fields as JSON values, without local paths; those of a second hook point and of autocast only where there
-        is one.
+        """The fields as JSON values, without local paths; those of a second hook point, of autocast and of several
+        sources only where there are any.
         """
         plain = asdict(self) | {"model": shareable(self.model), "text": shareable(self.text)}
         if self.hook_point_out is None:
             del plain["hook_point_out"], plain["median_norm_out"]
         if self.model_sketch is None:
             del plain["model_sketch"]
-        if self.autocast is None:
-            del plain["autocast"]
+        for name in ("autocast", "sources"):
+            if plain[name] is None:
+                del plain[name]
         return plain
 
     @classmethod
@@ -374,6 +377,41 @@ class Provenance:
     def at(self, hook_point: str, median_norm: float | None = None) -> "Provenance":
         """A copy at another hook point, with the median norm there."""
         return replace(self, hook_point=hook_point, median_norm=median_norm)
+
+    @classmethod
+    def join(cls, parts: Mapping[str, "Provenance"], n_tokens: int, paired: Collection[str] = ()) -> "Provenance":
+        """The origin of activations of several sources, joined token by token.
+
+        Args:
+            parts: origin of each source by its name.
+            n_tokens: number of joined rows.
+            paired: sources whose rows were paired by number, which may be of other tokens.
+
+        Raises:
+            ValueError: the others are not of the same tokens and mask, or a source is joined itself.
+        """
+        name, first = next(
+            (name, part) for name, part in parts.items() if name not in paired or len(paired) == len(parts)
+        )
+        for other, part in parts.items():
+            if part.sources is not None:
+                raise ValueError(
+                    f"Sources must be of one hook point each, '{other}' is joined from {list(part.sources)}."
+                )
+            for key in () if other in paired else ("tokens_sha256", "mask"):
+                if getattr(part, key) != getattr(first, key):
+                    raise ValueError(
+                        f"Sources must be of the same tokens, got `{key}` {getattr(first, key)!r} of '{name}' and "
+                        f"{getattr(part, key)!r} of '{other}'; collect them from the same tokens with the same mask."
+                    )
+        told = {name: part.to_dict() for name, part in parts.items()}
+        return replace(next(iter(parts.values())), n_tokens=n_tokens, sources=told)
+
+    def at_source(self, name: str) -> "Provenance":
+        """The origin of one of the joined sources; ValueError for a name that is none of them."""
+        if name not in (self.sources or {}):
+            raise ValueError(f"`name` must be one of the sources {list(self.sources or {})}, got '{name}'.")
+        return Provenance.from_dict((self.sources or {})[name])
 
     @property
     def place(self) -> str:

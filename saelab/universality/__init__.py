@@ -22,6 +22,11 @@ if TYPE_CHECKING:
         RelationKind as RelationKind,
         Untrained as Untrained,
     )
+    from saelab.universality.model_diffing import (
+        LatentKind as LatentKind,
+        ModelDiff as ModelDiff,
+        diff_models as diff_models,
+    )
     from saelab.universality.nearest import Nearest as Nearest
     from saelab.universality.planted_recovery import (
         Recovery as Recovery,
@@ -51,6 +56,10 @@ if TYPE_CHECKING:
         seed_stability as seed_stability,
     )
     from saelab.universality.similarity import Similarity as Similarity
+    from saelab.universality.source_translation import (
+        Translation as Translation,
+        score_translation as score_translation,
+    )
     from saelab.universality.universal_features import (
         Comparisons as Comparisons,
         PairFilter as PairFilter,

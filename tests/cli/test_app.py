@@ -217,6 +217,18 @@ def test_an_sae_of_folded_weights_is_used_with_folded_weights(
     assert steered.code == 0, steered.err
 
 
+def test_a_crosscoder_of_two_folders(acts: Path, tmp_path: Path, shell: Shell) -> None:
+    shutil.copytree(acts, tmp_path / "tuned")
+    command = ("train", acts, *SMALL, "--out", tmp_path / "sae")
+    trained = shell(*command, "--beside", tmp_path / "tuned")
+    assert trained.code == 0, trained.err
+    sae = SAE.from_pretrained(tmp_path / "sae")
+    assert [(source.name, source.d_in) for source in sae.cfg.sources or ()] == [("acts", 32), ("tuned", 32)]
+    assert sae.source("tuned").provenance == Activations.load(tmp_path / "tuned").provenance
+    twice = shell(*command, "--beside", acts)
+    assert twice.code == 2 and "must name folders of other names" in twice.err
+
+
 def test_several_hook_points(folder: Path, tmp_path: Path, shell: Shell) -> None:
     command = [str(tmp_path / "two") if word == folder / "acts" else word for word in collect_command(folder)]
     assert shell(*command, "--hook-point", "blocks.0.hook_mlp_out", "--dtype", "bfloat16").code == 0

@@ -86,7 +86,10 @@ def read(source: SAEFiles, overrides: SAEFacts) -> ParsedSAE:
 
 def _refuse(settings: dict[str, Any], source: SAEFiles) -> None:
     if (kind := settings.get("sae_type", "sae")) != "sae":
-        raise ValueError(f"`sae_type` must be sae, got '{kind}' in {source.folder}, which saelab has no axis for.")
+        why = "whose sources each choose latents by their own decoder norms" if kind == "crosscoder" else ""
+        raise ValueError(
+            f"`sae_type` must be sae, got '{kind}' in {source.folder}, {why or 'which saelab has no axis for'}."
+        )
     if settings.get("use_glu_encoder"):
         raise ValueError(
             f"{source.folder} must have one linear encoder, got use_glu_encoder, which saelab has no axis for."

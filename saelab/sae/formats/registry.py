@@ -161,6 +161,11 @@ def write_foreign(
     if format not in WRITERS:
         raise ValueError(f"`format` must be 'saelab' or one of {list(WRITERS)}, got '{format}'.")
     writer = WRITERS[format]
+    if coder.cfg.sources is not None:
+        raise ValueError(
+            f"{format} has no crosscoders, got one of {[source.name for source in coder.cfg.sources]}; write its "
+            "sources one by one: sae.source(name)."
+        )
     if coder.cfg.pruning is not None:
         raise ValueError(f"An SAE in {format}'s format must keep all codes, got one with pruning; write that without.")
     if origin is not None and origin.format == format and (parts := restore(origin, coder)) is not None:

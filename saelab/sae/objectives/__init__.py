@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from saelab.sae.objectives.orthogonal import OrthogonalLoss as OrthogonalLoss
     from saelab.sae.objectives.p_annealing import LpPenalty as LpPenalty
     from saelab.sae.objectives.reconstruction import ReconstructionLoss as ReconstructionLoss
+    from saelab.sae.objectives.source_norms import SourceNormsLoss as SourceNormsLoss
     from saelab.sae.objectives.sparsity import SparsityLoss as SparsityLoss
     from saelab.sae.objectives.terms import (
         LossTerm as LossTerm,

@@ -1,0 +1,203 @@
+"""Latents of one source and of both: hand-made crosscoders with known answers, and planted atoms found by training."""
+
+from collections import Counter
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+import torch
+
+import saelab as sl
+from saelab.sae.objectives import SourceNormsLoss
+from saelab.stores import JoinedSource
+from saelab.universality import ModelDiff, diff_models, score_translation
+
+D = 8
+PAIR = (JoinedSource(name="base", d_in=D), JoinedSource(name="tuned", d_in=D))
+
+
+def join(a: torch.Tensor, b: torch.Tensor) -> sl.Activations:
+    return sl.Activations.join({"base": sl.Activations.from_tensor(a), "tuned": sl.Activations.from_tensor(b)})
+
+
+def handmade() -> sl.SAE:
+    """Latents that read unit vector j of base (the last of tuned); their decoders say what they say.
+
+    0 shared, 1 weak but left out of tuned's decoder, 2 in base alone, 3 and 4 one atom, of which either has one side, 5
+    weak and decoded so, 6 in tuned alone.
+    """
+    cfg = sl.SAEConfig(d_in=2 * D, d_sae=8, activation=sl.ReLU(target_l0=2.0), normalizer="none", sources=PAIR,
+                       dictionary="free", objective=(sl.ReconstructionLoss(),))  # fmt: skip
+    sae = sl.SAE(cfg, seed=0)
+    with torch.no_grad():
+        sae.W_enc.zero_()
+        sae.W_dec.zero_()
+        sae.b_enc.zero_()
+        for latent, atom, base, tuned in ((0, 0, 1.0, 1.0), (1, 1, 1.0, 0.0), (2, 2, 1.0, 0.0), (3, 3, 1.0, 0.0),
+                                          (4, 3, 0.0, 1.0), (5, 4, 1.0, 0.3), (6, 5, 0.0, 1.0)):  # fmt: skip
+            sae.W_enc[atom + (D if base == 0 else 0), latent] = 1.0
+            sae.W_dec[latent, atom], sae.W_dec[latent, D + atom] = base, tuned
+    return sae
+
+
+def worlds(n: int = 6000) -> tuple[torch.Tensor, torch.Tensor]:
+    g = torch.Generator().manual_seed(1)
+    z = (torch.rand(n, D, generator=g) < 0.3) * (1 + torch.rand(n, D, generator=g))
+    in_tuned = torch.tensor([1.0, 0.4, 0.0, 1.0, 0.3, 1.0, 0.0, 0.0])
+    in_base = torch.tensor([1.0, 1.0, 1.0, 1.0, 1.0, 0.0, 0.0, 0.0])
+    return z * in_base, z * in_tuned
+
+
+def test_strengths_are_those_that_were_written() -> None:
+    diff = diff_models(handmade(), join(*worlds()), min_count=20)
+    assert diff.kinds[:7] == (
+        "shared",
+        "weak_in_b",
+        "only_a",
+        "decoupled_in_b",
+        "decoupled_in_a",
+        "weak_in_b",
+        "only_b",
+    )
+    assert diff.kinds[7] == "silent" and np.isnan(diff.nu_error[7])
+    # the norms alone see four latents of one source more than there are
+    assert diff.kinds_by_norm[:7] == ("shared", "only_a", "only_a", "only_a", "only_b", "weak_in_b", "only_b")
+    assert np.flatnonzero(diff.shrunk).tolist() == [1]
+    # nothing but the written strengths is in the errors: exact up to float32
+    assert np.allclose(diff.nu_error[:7], [1, 0.4, 0, 0, 0, 0.3, 0], atol=1e-5)
+    assert np.allclose(diff.nu_reconstruction[[3, 4]], 1, atol=1e-5)
+    # independent codes: the reconstruction of the other source has nothing of a private latent but chance, 3 sd
+    assert abs(diff.nu_reconstruction[2]) < 3 / 6000**0.5 / 0.3**0.5
+    assert np.allclose(diff.relative_norm[:7], [0.5, 0, 0, 0, 1, 0.3 / 1.3, 1], atol=1e-6)
+    assert diff.top("only_b") == [6] and diff.counts["weak_in_b"] == 2
+    assert set(diff.rank("b")) == {4, 6} and set(diff.rank("a", 2)) == {2, 3} and diff.gain[7] == 0
+    assert diff.fvu["base"] < 1e-6 and 0.01 < diff.fvu["tuned"] < 0.1
+    assert "only tuned" in str(diff) and "giraffe" in diff.format({6: "giraffe"})
+
+
+def test_noise_is_the_deviation_over_shuffled_pairings() -> None:
+    """The formula against actual shuffles of tuned's rows, of which the latent that only base has knows nothing."""
+    a, b = worlds(2000)
+    g = torch.Generator().manual_seed(3)
+    b = b + 0.5 * torch.randn(b.shape, generator=g)
+    sae = handmade()
+    drawn = []
+    for _ in range(60):
+        # latent 2 reads base alone; what tuned's reconstruction misses is shuffled with tuned's rows
+        drawn.append(diff_models(sae, join(a, b[torch.randperm(2000, generator=g)])).nu_error[2])
+    noise = diff_models(sae, join(a, b)).noise[2]
+    assert np.std(drawn) == pytest.approx(noise, rel=0.4)  # 60 draws: 9 % sd, times 4
+    assert diff_models(sae, join(a[:40], b[:40]), min_count=1).kinds[2] == "unsure"
+
+
+def test_other_spaces_are_compared_without_directions() -> None:
+    """Tuned in a turned space of another width: strengths from the best direction."""
+    a, b = worlds()
+    turn = torch.linalg.qr(torch.randn(12, 12, generator=torch.Generator().manual_seed(0))).Q[:D]
+    sae, plain = handmade(), diff_models(handmade(), join(a, b))
+    sources = (PAIR[0], JoinedSource(name="tuned", d_in=12))
+    other = sl.SAE(sl.SAEConfig(d_in=20, d_sae=8, activation=sae.cfg.activation, normalizer="none", sources=sources,
+                                dictionary="free", objective=(sl.ReconstructionLoss(),)))  # fmt: skip
+    with torch.no_grad():
+        other.b_enc.zero_()
+        other.W_dec.copy_(torch.cat([sae.W_dec[:, :D], sae.W_dec[:, D:] @ turn], 1))
+        other.W_enc.copy_(torch.cat([sae.W_enc[:D], turn.T @ sae.W_enc[D:]]))
+    diff = diff_models(other, join(a, b @ turn))
+    assert diff.kinds == plain.kinds
+    assert np.allclose(diff.nu_error[:7], plain.nu_error[:7], atol=0.02)
+    with pytest.raises(ValueError, match="`same_space` must be False"):
+        diff_models(other, join(a, b @ turn), same_space=True)
+
+
+class Planted(NamedTuple):
+    acts: sl.Activations
+    rows: torch.Tensor
+    in_base: torch.Tensor
+    in_tuned: torch.Tensor
+    kinds: list[str]
+
+
+def plant(n: int, seed: int, weak: float = 0.25, d: int = 24) -> Planted:
+    g = torch.Generator().manual_seed(seed)
+    kinds = ["shared"] * 12 + ["only_a"] * 4 + ["only_b"] * 4 + ["weak_in_b"] * 4
+    rows = torch.randn(24, d, generator=torch.Generator().manual_seed(99))
+    rows /= rows.norm(dim=1, keepdim=True)
+    in_base = torch.tensor([float(kind != "only_b") for kind in kinds])
+    in_tuned = torch.tensor([{"only_a": 0.0, "weak_in_b": weak}.get(kind, 1.0) for kind in kinds])
+    z = (torch.rand(n, 24, generator=g) < 0.08) * (1 + torch.rand(n, 24, generator=g))
+    a, b = (z @ (rows * there[:, None]) + 0.02 * torch.randn(n, d, generator=g) for there in (in_base, in_tuned))
+    return Planted(join(a, b), rows, in_base, in_tuned, kinds)
+
+
+def train(world: Planted, activation: sl.TopK | sl.ReLU, *terms: object) -> sl.SAE:
+    cfg = sl.SAEConfig(d_in=world.acts.d_in, d_sae=32, sources=world.acts.sources, activation=activation,
+                       objective=(sl.ReconstructionLoss(), *terms))  # fmt: skip
+    run = sl.TrainConfig(n_tokens=150_000, batch_size=500)
+    return sl.SAE(cfg, seed=0).fit(world.acts, run, progress=False)
+
+
+def found_kinds(world: Planted, sae: sl.SAE, diff: ModelDiff, by_norm: bool = False) -> dict[str, Counter[str]]:
+    """Kinds of the latents nearest to the atoms of each kind, among those that fire."""
+    found: dict[str, Counter[str]] = {}
+    fires = torch.from_numpy(diff.firings > 20)
+    for atom, kind in enumerate(world.kinds):
+        side = slice(24, None) if kind == "only_b" else slice(0, 24)
+        rows = sae.W_dec.detach()[:, side]
+        near = (rows @ world.rows[atom] / rows.norm(dim=1).clamp(min=1e-6)).where(fires, -1.0)
+        assert near.max() > 0.9, (kind, near.max())
+        said = (diff.kinds_by_norm if by_norm else diff.kinds)[int(near.argmax())]
+        found.setdefault(kind, Counter())[said] += 1
+    return found
+
+
+def test_planted_atoms_get_their_labels_where_an_l1_crosscoder_errs() -> None:
+    world, test = plant(10_000, seed=0), plant(8_000, seed=5)
+    right = {"shared": {"shared": 12}, "only_a": {"only_a": 4}, "only_b": {"only_b": 4}, "weak_in_b": {"weak_in_b": 4}}
+    sae = train(world, sl.BatchTopK(k=2), sl.AuxK())
+    diff = diff_models(sae, test.acts)
+    assert found_kinds(world, sae, diff) == right
+    assert not diff.shrunk.any()
+    # the same L0 by L1: the decoder has no row for weak atoms, and its norms call them base's own
+    sae = train(world, sl.ReLU(target_l0=2.0), SourceNormsLoss())
+    diff = diff_models(sae, test.acts)
+    assert found_kinds(world, sae, diff, by_norm=True)["weak_in_b"] == {"only_a": 4}
+    assert found_kinds(world, sae, diff) == right  # latent scaling finds them in what the reconstruction misses
+    assert diff.shrunk.sum() >= 4
+
+
+def test_two_copies_have_nothing_of_their_own() -> None:
+    """A null pair: the same activations with noise of their own in either."""
+    world = plant(10_000, seed=0)
+    base = world.acts[:][:, :24]
+    g = torch.Generator().manual_seed(4)
+    a, b = (base + 0.05 * torch.randn(base.shape, generator=g) for _ in range(2))
+    pair = world._replace(acts=join(a, b))
+    diff = diff_models(train(pair, sl.BatchTopK(k=2), sl.AuxK()), pair.acts)
+    assert set(diff.counts) <= {"shared", "unsure", "silent"} and diff.counts["shared"] >= 20
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        ({"a": "tuned", "b": "tuned"}, "two sources"),
+        ({"b": "other"}, "one of the sources"),
+        ({"absent": 0.6}, "absent <= shared"),
+    ],
+)
+def test_wrong_arguments(wrong: dict[str, object], said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        diff_models(handmade(), join(*worlds(100)), **wrong)
+
+
+def test_wrong_pairs() -> None:
+    plain = sl.SAE(sl.SAEConfig(d_in=16, d_sae=32), seed=0)
+    for call in (diff_models, score_translation):
+        with pytest.raises(ValueError, match="must be a crosscoder"):
+            call(plain, join(*worlds(100)))
+        with pytest.raises(ValueError, match="must have the sources of the SAE"):
+            call(
+                handmade(),
+                sl.Activations.join(dict(zip("ab", map(sl.Activations.from_tensor, worlds(9)), strict=True))),
+            )
+        with pytest.raises(ValueError, match="as wide as all sources"):
+            call(handmade(), sl.Activations.from_tensor(torch.ones(9, 8)))
