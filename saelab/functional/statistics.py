@@ -18,12 +18,10 @@ from torch.nn.functional import binary_cross_entropy_with_logits
 
 from saelab.functional.indices import exchange_groups, number_rows, permute_within
 
-INSIDE = 0.9
-"""Tokens are permuted within their documents where at least this share of the label's variance lies within these."""
+INSIDE = 0.9  # of the label's variance lies within documents: tokens are then permuted within these
 WITHIN, EXCHANGED = "tokens permuted within documents", "documents exchanged and their tokens permuted"
 N_SHIFTS = 24
-SHIFTED_FIRINGS = 512
-"""Number of neighboring firings on which the spread of the null is measured."""
+SHIFTED_FIRINGS = 512  # neighboring ones, on which the spread of the null is measured
 CONSTANT = 1e-6
 """A standard deviation below this share of the root mean square is rounding: the values are constant."""
 CHUNK_NUMBERS = 2**22  # draws times documents held at a time

@@ -102,7 +102,7 @@ class TrainConfig:
     def lr_scale(self, step: int) -> float:
         """Share of the peak learning rate at a step, counted from 0: linear warm-up, constant, linear decay to 0.
 
-        >>> [round(TrainConfig(n_tokens=10 * 4096, warmup_frac=0.2).lr_scale(s), 2) for s in (0, 1, 5, 9)]
+        >>> [round(TrainConfig(n_tokens=10 * 512, warmup_frac=0.2).lr_scale(s), 2) for s in (0, 1, 5, 9)]
         [0.5, 1.0, 1.0, 0.5]
         """
         warmup = min(MAX_WARMUP_STEPS, math.ceil(self.warmup_frac * self.n_steps))

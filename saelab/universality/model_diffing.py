@@ -187,7 +187,7 @@ def diff_models(
     >>> cfg = sl.SAEConfig(d_in=8, d_sae=16, sources=acts.sources, activation=sl.TopK(k=4))
     >>> sae = sl.SAE(cfg, seed=0).fit(acts, sl.TrainConfig(n_tokens=40_000, batch_size=400), progress=False)
     >>> diff = diff_models(sae, acts)
-    >>> diff.top("only_a"), diff.top("only_b"), diff.relative_norm.round(1).tolist() == [0.5] * 16
+    >>> diff.top("only_a"), diff.top("only_b"), bool(0.45 < np.median(diff.relative_norm) < 0.55)
     ([], [], True)
     """
     names = _choose_pair(sae, a, b)

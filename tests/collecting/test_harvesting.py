@@ -202,7 +202,7 @@ def test_a_finished_store_is_opened_and_another_is_refused(tiny, tokens, tmp_pat
     sl.harvest(make_sae(), tiny, tokens, tmp_path, **SMALL)
     before = contents(tmp_path)
     with monkeypatch.context() as patch:
-        patch.setattr("saelab.collecting.reader.ActivationReader.read", None)
+        patch.setattr("saelab.collecting.reader.ActivationReader._rows_of", None)
         sl.harvest(make_sae(), tiny, tokens, tmp_path, **SMALL)
     with pytest.raises(ValueError, match="sae: there"):
         sl.harvest(make_sae(seed=1), tiny, tokens, tmp_path, **SMALL)

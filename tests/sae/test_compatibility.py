@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -98,6 +99,25 @@ def steer_live(at: At, **how) -> None:
     list(sl.explorer.steer_live(at.model, [sl.Intervention(at.sae, {3: 1.0}, **how)], setup))
 
 
+def trace_prompt(at: At, hook_point: str | None = None, **how) -> Any:
+    dictionaries = at.sae if hook_point is None else {hook_point: at.sae}
+    return sl.circuits.trace(at.model, dictionaries, "One two", allow_missing=True, **how)
+
+
+def validate_graph(at: At, hook_point: str | None = None, **how) -> None:
+    graph = trace_prompt(at, hook_point, allow_mismatch=True)
+    dictionaries = at.sae if hook_point is None else {hook_point: at.sae}
+    sl.circuits.validate(graph, at.model, dictionaries, n_ablated=2, n_steered=1, **QUIET, **how)
+
+
+def split_heads(at: At, **how) -> None:
+    sae = deepcopy(at.sae)
+    sae.provenance = replace(sae.provenance, hook_point="blocks.1.hook_attn_out")
+    graph = trace_prompt(replace(at, sae=sae), allow_mismatch=True)
+    [node, *_] = np.flatnonzero(graph.features * (graph.sources >= 0) > 0)
+    sl.circuits.split_by_head(graph, at.model, sae, int(node), **how)
+
+
 CALLS: dict[str, Callable] = {
     "steer by nothing": lambda at, **how: enter(sl.steer(at.model, at.sae, {3: 0.0}, **how)),
     "ActivationCondition": lambda at, **how: enter(
@@ -151,11 +171,15 @@ CALLS: dict[str, Callable] = {
         at.model, sl.Intervention(at.sae, {3: 1.0}, **how), "One", 2, **QUIET
     ),
     "steer_to_prototype": steer_to,
+    "split_by_head": split_heads,
+    "trace": trace_prompt,
+    "validate": validate_graph,
     "steering_curve": steering_curve,
 }
 """Every public function that takes an SAE and a model, called on them."""
 
 ANY_POINT = {"harvest_untrained", "logit_lens"}  # the store says it; what features write is read at no hook point
+ONE_KIND = {"split_by_head"}  # of attention outputs only
 BY_STORE = {
     "describe_prompt",
     "explore",
@@ -215,7 +239,7 @@ def test_another_model_or_other_weights_are_refused_unless_asked_for(name, what,
         CALLS[name](at, allow_mismatch=True)
 
 
-@pytest.mark.parametrize("name", sorted(set(CALLS) - ANY_POINT - BY_STORE))
+@pytest.mark.parametrize("name", sorted(set(CALLS) - ANY_POINT - ONE_KIND - BY_STORE))
 def test_another_hook_point_is_refused_unless_asked_for(name, trained, tmp_path):
     at = replace(trained, out=tmp_path / "out")
     with pytest.raises(ValueError, match="got another hook point"):

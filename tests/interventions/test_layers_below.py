@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 import saelab as sl
+from saelab.interventions.edited_runs import _try, find_layers_below
 from saelab.lm.hook_points import hook_points_of
-from saelab.lm.resuming import _try, find_layers_below
 from saelab.lm.unwrapped import run
 
 POST = "blocks.0.hook_resid_post"
