@@ -42,6 +42,7 @@ class HeadEffects(Result):
         return "\n".join([self.target, *format_table([["effect", "head", "source"], *rows], left=(2,))])
 
 
+@torch.inference_mode(False)
 def split_by_head(
     graph: AttributionGraph, model: Model, transcoders: Dictionaries, node: int, *, allow_mismatch: bool = False
 ) -> HeadEffects:

@@ -153,9 +153,12 @@ class AttributionGraph(Result):
             target: node that it ends with; None is the target of the largest weight.
 
         Raises:
-            ValueError: no path leads from the one to the other.
+            ValueError: a node that the graph does not have, and where no path leads from the one to the other.
         """
         target = int(np.argmax(self.start)) if target is None else target
+        for name, node in (("source", source), ("target", target)):
+            if not 0 <= node < len(self):
+                raise ValueError(f"`{name}` must be a node in 0..{len(self) - 1}, got {node}.")
         shares = self._explained
         best, last = np.zeros(len(self)), np.full(len(self), -1)
         best[source] = 1.0
@@ -278,6 +281,11 @@ class AttributionGraph(Result):
         """The graph that `save` wrote; FileNotFoundError, or ValueError for a file that holds something else."""
         with naming(path):
             plain = require_object(read_json(path), "An attribution graph")
+            if "metadata" in plain and "nodes" in plain:
+                raise ValueError(
+                    "An attribution graph must be one that `save` wrote, got JSON of circuit-tracer and Neuronpedia; "
+                    "read it with `read_graph_json`."
+                )
             known = [one.name for one in fields(cls)]
             refuse_unknown(plain, [*known, *SCORES], "An attribution graph")
             if missing := sorted(set(known) - set(plain)):

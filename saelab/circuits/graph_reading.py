@@ -71,6 +71,8 @@ def read_graph_file(path: str | Path) -> GraphFile:
     path = Path(path)
     _refuse_pickle(path)
     plain = require_object(read_json(path), str(path))
+    if "kinds" in plain and "metadata" not in plain:
+        raise ValueError(f"`path` must be JSON of a graph's page, got {path}, which `AttributionGraph.load` reads.")
     try:
         return _build(plain)
     except ValueError as error:

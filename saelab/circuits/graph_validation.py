@@ -148,6 +148,9 @@ def validate(
     target = int(np.argmax(graph.start)) if target is None else target
     if not 0 <= target < len(graph) or not graph.is_kind("logit")[target]:
         raise ValueError(f"`target` must be the node of a logit to be validated, got {target}.")
+    for name, value, least in (("n_ablated", n_ablated, 1), ("n_steered", n_steered, 0)):
+        if value is not None and value < least:
+            raise ValueError(f"`{name}` must be at least {least}, got {value}.")
     features = np.flatnonzero(graph.is_kind("feature"))
     if not len(features):
         raise ValueError("A graph must have features to be validated, got none.")

@@ -133,6 +133,8 @@ def _list_given(given: Dictionaries) -> list[tuple[SAE, str | tuple[str, str] | 
         pairs = [(sae, None) for sae in given]
     if not pairs:
         raise ValueError("`transcoders` must hold at least one, got none.")
+    if wrong := [sae for sae, _ in pairs if not isinstance(sae, SAE)]:
+        raise ValueError(f"`transcoders` must be SAEs, got a {type(wrong[0]).__name__}; load it: SAE.from_pretrained.")
     return pairs
 
 

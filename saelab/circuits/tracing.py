@@ -28,7 +28,8 @@ from saelab.lm.models import describe_model
 from saelab.lm.tokenizers import token_strings
 
 MOST_LOGITS, LOGIT_SHARE = 10, 0.95
-RANKED_BATCHES = 4  # followed before features that wait are ranked again
+N_RANKINGS, MOST_RANKED = 5, 1000
+"""features that wait are ranked at least 5 times, at most 1,000 of them followed in between, whatever the batch size"""
 TOLERANCE = 1e-4
 HALF_TOLERANCE = 0.05
 """the same for models in half precision, whose products are rounded after the third digit"""
@@ -37,6 +38,7 @@ FeatureTarget: TypeAlias = tuple[str, int, int]
 TraceTargets: TypeAlias = Literal["top"] | str | int | Sequence[str | int] | FeatureTarget
 
 
+@torch.inference_mode(False)  # gradients are needed wherever it is called
 def trace(
     model: Model,
     transcoders: Dictionaries,
@@ -202,9 +204,10 @@ class _Tracing:
         if most is None or len(waiting) <= most:
             self._compute(waiting)
             return
+        at_once = min(MOST_RANKED, -(-most // N_RANKINGS))
         while most > 0:
             scores = self._influence()[waiting]
-            chosen = np.argsort(-scores, kind="stable")[: min(most, RANKED_BATCHES * self.batch_size)]
+            chosen = np.argsort(-scores, kind="stable")[: min(most, at_once)]
             self._compute(np.sort(waiting[chosen]))
             waiting, most = np.delete(waiting, chosen), most - len(chosen)
 

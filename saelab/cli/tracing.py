@@ -27,6 +27,15 @@ def trace_prompt(
     out: Annotated[
         Path | None, Option(help="File for the graph.", metavar="FILE", show_default="none is written")
     ] = None,
+    page: Annotated[
+        Path | None, Option(help="HTML page that shows the graph.", metavar="FILE", show_default="none is written")
+    ] = None,
+    json: Annotated[
+        Path | None,
+        Option(
+            help="The graph as JSON of circuit-tracer and Neuronpedia.", metavar="FILE", show_default="none is written"
+        ),
+    ] = None,
     nodes: Annotated[float, Option(help="Share of influence that nodes are kept for; 1 is all.", metavar="X")] = 0.8,
     edges: Annotated[float, Option(help="Share of the edges between them.", metavar="X")] = 0.98,
     check: Annotated[
@@ -43,10 +52,15 @@ def trace_prompt(
 
     The graph is pruned to its most influential nodes.
     """
+    from saelab.circuits.graph_files import write_graph_json
     from saelab.circuits.graph_validation import validate
+    from saelab.circuits.graph_views import GraphView
     from saelab.circuits.tracing import trace
     from saelab.cli.inputs import open_several
+    from saelab.visualization.graph_page import require_page_name, write_graph_page
 
+    if page is not None:
+        require_page_name(page)
     coders, lm = open_several(saes, model, device, progress)
     graph = trace(
         lm,
@@ -66,3 +80,8 @@ def trace_prompt(
     if out is not None:
         pruned.save(out)
         echo(f"{len(pruned):,} nodes and {len(pruned.edge_weights):,} edges in {out}.")
+    whole = GraphView(node_threshold=1.0, edge_threshold=1.0)  # the graph is pruned, and pages need not prune it again
+    if json is not None:
+        echo(f"JSON for circuit-tracer and Neuronpedia in {write_graph_json(pruned, json, view=whole)}.")
+    if page is not None:
+        echo(f"A page of the graph in {write_graph_page(pruned, page, view=whole)}.")

@@ -76,8 +76,11 @@ def read_texts(model: Model, prompts: Prompt | Sequence[Prompt] | Tokens) -> Tex
 
 
 def _read_prompt(model: Model, prompt: Prompt) -> Int[Tensor, "n"]:
-    if isinstance(prompt, Tensor):
+    if isinstance(prompt, Tensor) and prompt.ndim == 1 and not prompt.is_floating_point():
         return prompt.long().cpu()
+    if not isinstance(prompt, str):
+        got = f"{prompt.dtype} of shape {tuple(prompt.shape)}" if isinstance(prompt, Tensor) else type(prompt).__name__
+        raise ValueError(f"A prompt must be a text or a tensor of token ids, (n_tokens,) integers, got {got}.")
     if not prompt.strip():
         raise ValueError("A prompt must hold text, got a blank one; to start from BOS alone give its id.")
     tokens = tokenize(model, [prompt], find_row(model, prompt), packed=False, separator=None)

@@ -119,6 +119,8 @@ class Activations:
         >>> Activations.join({"base": a, "tuned": b})[1:].tolist()
         [[0.0, 0.0, 1.0, 1.0], [0.0, 0.0, 1.0, 1.0]]
         """
+        if not isinstance(sources, Mapping) or not all(isinstance(one, Activations) for one in sources.values()):
+            raise ValueError("`sources` must be activations by name, {'base': acts, 'tuned': other_acts}.")
         first = next(iter(sources.values()), None)
         column = "" if first is None else first.hook_point
         joined = JoinedRows(sources, rows or {}, column)

@@ -7,7 +7,7 @@ scaling (arXiv:2504.02922) measures how much of the latent is left in what the s
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -90,6 +90,8 @@ class ModelDiff(Result):
             side: the source.
             n: number of latents; None is all with a gain above 0.
         """
+        if side not in ("a", "b"):
+            raise ValueError(f"`side` must be 'a' ({self.a}) or 'b' ({self.b}), got '{side}'.")
         stronger = self.relative_norm < 0.5 if side == "a" else self.relative_norm >= 0.5
         chosen = np.flatnonzero(stronger & (self.gain > 0))
         return chosen[np.argsort(-self.gain[chosen], kind="stable")][:n].tolist()
@@ -101,6 +103,8 @@ class ModelDiff(Result):
             kind: one of the kinds.
             n: number of latents; None is all.
         """
+        if kind not in get_args(LatentKind):
+            raise ValueError(f"`kind` must be one of {list(get_args(LatentKind))}, got '{kind}'.")
         chosen = np.flatnonzero(np.array(self.kinds) == kind)
         return chosen[np.argsort(-self.variance_frac[chosen], kind="stable")][:n].tolist()
 

@@ -28,6 +28,7 @@ from saelab.visualization.html import MINUS, PLUS, bundle, escape, read_asset, w
 from saelab.visualization.reports import to_script
 
 N_WINDOWS, N_AROUND = 3, 6
+BLOCK = re.compile(r"\w*blocks\.\d+\.")
 DIGITS = 4
 """significant digits of the weights on a page"""
 NO_SCRIPT = "The graph needs JavaScript, which this page carries; nothing is fetched from the network."
@@ -70,8 +71,7 @@ def write_graph_page(
             of no dictionary, or a store has fewer features than the graph.
     """
     path, view = Path(path), view or GraphView()
-    if path.suffix not in (".html", ".htm"):
-        raise ValueError(f"`path` must end in .html, got {path}. Graphs as JSON are written by `write_graph_json`.")
+    require_page_name(path)
     view.require_nodes(graph)
     stores = stores or {}
     _check_stores(graph, stores)
@@ -89,12 +89,25 @@ def write_graph_page(
     return path
 
 
+def require_page_name(path: Path) -> None:
+    """Raise ValueError unless the file's name ends in .html."""
+    if path.suffix not in (".html", ".htm"):
+        raise ValueError(f"`path` must end in .html, got {path}. Graphs as JSON are written by `write_graph_json`.")
+
+
 def _check_stores(graph: AttributionGraph, stores: Mapping[str, FeatureStore]) -> None:
     for hook, store in stores.items():
         if hook not in graph.dictionaries:
             raise ValueError(
                 f"`stores` must have hook points of the graph's dictionaries, got {hook!r}; "
                 f"there are {list(graph.dictionaries)[:5]}."
+            )
+        point = store.provenance.hook_point
+        blocks = [BLOCK.match(name) for name in (hook, point)]  # a transcoder reads and writes in one
+        if all(blocks) and blocks[0][0] != blocks[1][0]:  # type: ignore[index]
+            raise ValueError(
+                f"The store of {hook} must be of the graph's dictionary, but it is of '{point}'. Give the store that "
+                "was harvested with this dictionary."
             )
         own = graph.features[graph.sources == graph.dictionaries.index(hook)]
         if (largest := int(own.max(initial=-1))) >= store.d_sae:

@@ -26,6 +26,8 @@ def test_heads_add_up_and_a_head_without_output_adds_nothing(architecture: str) 
     graph = trace(model, coders, "A fox")
     node = int(np.flatnonzero(graph.is_kind("feature") & (graph.sources == graph.dictionaries.index(ATTENTION)))[-1])
     split = split_by_head(graph, model, coders, node)
+    with torch.inference_mode():
+        np.testing.assert_array_equal(split_by_head(graph, model, coders, node).effects, split.effects)
     into = (graph.edge_targets == node) & ~(graph.is_kind("bias") & (graph.sources < 0))[graph.edge_sources]
     expected = np.bincount(graph.edge_sources[into], graph.edge_weights[into], len(graph))
     np.testing.assert_allclose(split.effects.sum(0), expected, rtol=1e-3, atol=1e-5)

@@ -163,6 +163,9 @@ def test_effects_and_paths_of_a_chain() -> None:
         graph.find_path(2)
     with pytest.raises(ValueError, match="`target` must be a node"):
         graph.effects(1000)
+    for path, name in (((1000,), "source"), ((-1,), "source"), ((0, 1000), "target")):
+        with pytest.raises(ValueError, match=f"`{name}` must be a node in 0.."):
+            graph.find_path(*path)
 
 
 def test_supernodes_sum_edges() -> None:

@@ -61,5 +61,8 @@ def test_what_does_not_go_with_the_graph_is_refused(tiny) -> None:
         validate(graph, tiny, others)
     with pytest.raises(ValueError, match="must fire as they did when it was traced"):
         validate(replace(graph, activations=2 * graph.activations), tiny, coders)
+    for wrong in ({"n_ablated": 0}, {"n_steered": -1}):
+        with pytest.raises(ValueError, match=f"`{next(iter(wrong))}` must be at least"):
+            validate(graph, tiny, coders, **wrong)
     with pytest.raises(ValueError, match="must have features"):
         validate(graph.select(~graph.is_kind("feature")), tiny, coders)

@@ -189,7 +189,10 @@ def test_the_batch_of_targets_changes_nothing(tiny) -> None:
 
 def test_features_beyond_the_most_influential_are_errors(tiny) -> None:
     coders = cover(tiny)
-    whole, cut = (trace(tiny, coders, PROMPT, max_features=n, batch_size=2) for n in (None, 16))
+    whole, cut, again = (
+        trace(tiny, coders, PROMPT, max_features=n, batch_size=size) for n, size in ((None, 2), (16, 2), (16, 256))
+    )
+    assert (again.features == cut.features).all(), "memory does not choose features"
     n_features = int(whole.is_kind("feature").sum())
     assert cut.n_left_out == n_features - 16 == len(whole) - len(cut) and f"{cut.n_left_out} features beyond" in str(
         cut
@@ -296,6 +299,13 @@ def test_dictionaries_of_other_weights_are_refused(tiny, tiny_tokens) -> None:
         (" ", {}, "must hold text, got a blank one"),
         ("long " * 80, {}, "fit the model's context of 256"),
         (torch.zeros(0, dtype=torch.long), {}, "1 to 256 tokens"),
+        (
+            torch.zeros(1, 4, dtype=torch.long),
+            {},
+            r"tensor of token ids, \(n_tokens,\) integers, got .* shape \(1, 4\)",
+        ),
+        (torch.ones(2), {}, "integers, got torch.float32"),
+        ([70, 71], {}, "must be a text or a tensor of token ids, .*, got int"),
         (PROMPT, {"batch_size": 0}, "`batch_size` must be at least 1, got 0"),
         (PROMPT, {"targets": []}, "must be different tokens"),
         (PROMPT, {"targets": [70, 70]}, "must be different tokens"),
@@ -309,3 +319,41 @@ def test_prompts_and_targets_that_are_none_are_refused(tiny, monkeypatch, prompt
     monkeypatch.setattr("saelab.circuits.tracing.read_written", None)
     with unchecked(), pytest.raises(ValueError, match=complaint):
         trace(tiny, cover(tiny), prompt, **options)
+
+
+def test_what_is_no_sae_is_refused(tiny) -> None:
+    with unchecked(), pytest.raises(ValueError, match=r"must be SAEs, got a str; load it: SAE.from_pretrained"):
+        trace(tiny, ["runs/sae"], PROMPT)  # type: ignore[list-item]
+
+
+def test_tracing_leaves_model_and_random_state_as_they_were_also_when_interrupted(tiny, monkeypatch) -> None:
+    """In inference mode, where no gradients are, the graph is the same."""
+    coders = cover(tiny)
+
+    def read_state() -> list[Any]:
+        modules, params = (
+            list(tiny.modules()),
+            [*tiny.parameters(), *(p for c in coders.values() for p in c.parameters())],
+        )
+        return [
+            torch.get_rng_state().tolist(), torch.is_grad_enabled(), torch.get_num_threads(),
+            np.random.get_state()[1].tolist(),  # noqa: NPY002
+            [(one.training, len(one._forward_hooks), len(one._forward_pre_hooks)) for one in modules],
+            [(one.requires_grad, one.grad is None) for one in params],
+        ]  # fmt: skip
+
+    graph = trace(tiny, coders, PROMPT)  # the first one looks the model's hook points up
+    before = read_state()
+    with torch.inference_mode():
+        np.testing.assert_array_equal(trace(tiny, coders, PROMPT).edge_weights, graph.edge_weights)
+
+    def interrupt(self: Any, targets: Any) -> Any:
+        if targets.place != -1:
+            raise KeyboardInterrupt
+        return effects(self, targets)
+
+    effects = LinearEffects.effects
+    monkeypatch.setattr(LinearEffects, "effects", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        trace(tiny, coders, PROMPT)
+    assert read_state() == before

@@ -8,6 +8,7 @@ from transcoders_made import make_coder
 
 import saelab as sl
 from saelab.circuits.graph import AttributionGraph
+from saelab.circuits.graph_reading import read_graph_file, read_graph_json
 from saelab.circuits.tracing import trace
 from saelab.cli.app import dispatch
 
@@ -26,10 +27,27 @@ def test_a_graph_is_traced_checked_and_written(tiny, tiny_tokens, capsys, tmp_pa
     words = ["trace", "tiny", str(tmp_path / "sae"), "A fox", "--no-progress"]
     assert dispatch(words) == 2 and "--allow-missing" in capsys.readouterr().err
     words += ["--allow-missing", "--target", "a", "--target", "b", "--nodes", "0.9"]
-    assert dispatch([*words, "--check", "--out", str(tmp_path / "graph.json")]) == 0
+    assert dispatch([*words, "--page", str(tmp_path / "page.txt")]) == 2 and ".html" in capsys.readouterr().err
+    files = [
+        "--out",
+        str(tmp_path / "graph.json"),
+        "--json",
+        str(tmp_path / "j.json"),
+        "--page",
+        str(tmp_path / "p.html"),
+    ]
+    assert dispatch([*words, "--check", *files]) == 0
     said = capsys.readouterr().out
     assert "targets: logit 'a'" in said and "the whole graph: replacement" in said and "Spearman" in said
     expected = trace(tiny, coder, "A fox", targets=["a", "b"], allow_missing=True).prune(0.9)
     found = AttributionGraph.load(tmp_path / "graph.json")
     assert str(found) == str(expected) and f"{len(found)} nodes and" in said
     np.testing.assert_allclose(found.edge_weights, expected.edge_weights)
+    shared = read_graph_file(tmp_path / "j.json")
+    np.testing.assert_array_equal(shared.graph.edge_weights, found.edge_weights)
+    assert shared.view.node_threshold == shared.view.edge_threshold == 1, "it is pruned already"
+    assert '<main id="graph">' in (tmp_path / "p.html").read_text()
+    with pytest.raises(ValueError, match="read it with `read_graph_json`"):
+        AttributionGraph.load(tmp_path / "j.json")
+    with pytest.raises(ValueError, match=r"graph.json, which `AttributionGraph.load` reads"):
+        read_graph_json(tmp_path / "graph.json")

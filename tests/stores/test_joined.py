@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from unchecked import unchecked
 
 import saelab as sl
 from saelab.stores.manifest import Provenance
@@ -57,6 +58,9 @@ def test_what_does_not_go_together_is_refused() -> None:
     a = acts(token_ids=ids())
     with pytest.raises(ValueError, match="token_ids of 'a' and 'b' differ from row"):
         sl.Activations.join({"a": a, "b": acts(token_ids=ids(seed=1))})
+    for wrong in ([a, a], {"a": a, "b": torch.zeros(5, 3)}):
+        with unchecked(), pytest.raises(ValueError, match="must be activations by name"):
+            sl.Activations.join(wrong)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="as many rows"):
         sl.Activations.join({"a": a, "b": acts(200)})
     with pytest.raises(ValueError, match="at least two"):

@@ -6,6 +6,7 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 import torch
+from unchecked import unchecked
 
 import saelab as sl
 from saelab.sae.objectives import SourceNormsLoss
@@ -70,6 +71,10 @@ def test_strengths_are_those_that_were_written() -> None:
     assert abs(diff.nu_reconstruction[2]) < 3 / 6000**0.5 / 0.3**0.5
     assert np.allclose(diff.relative_norm[:7], [0.5, 0, 0, 0, 1, 0.3 / 1.3, 1], atol=1e-6)
     assert diff.top("only_b") == [6] and diff.counts["weak_in_b"] == 2
+    with unchecked(), pytest.raises(ValueError, match=r"`side` must be 'a' .* got 'tuned'"):
+        diff.rank("tuned")  # type: ignore[arg-type]
+    with unchecked(), pytest.raises(ValueError, match=r"`kind` must be one of .* got 'only'"):
+        diff.top("only")  # type: ignore[arg-type]
     assert set(diff.rank("b")) == {4, 6} and set(diff.rank("a", 2)) == {2, 3} and diff.gain[7] == 0
     assert diff.fvu["base"] < 1e-6 and 0.01 < diff.fvu["tuned"] < 0.1
     assert "only tuned" in str(diff) and "giraffe" in diff.format({6: "giraffe"})

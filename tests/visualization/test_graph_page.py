@@ -6,6 +6,7 @@ import re
 import shutil
 import socket
 from collections.abc import Iterator
+from copy import copy
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -124,6 +125,10 @@ def test_a_feature_is_shown_with_the_text_of_its_store_and_its_label(tmp_path: P
     windows = data["windows"]["1:0:-1"]
     assert len(windows) == 1 and windows[0][1] == " cold", "equal windows are shown once"
     assert windows[0][0].endswith(" hot the") and windows[0][2] == " the" + HOSTILE
+    elsewhere = copy(store)
+    elsewhere.manifest = replace(store.manifest, provenance=where.to_dict() | {"hook_point": "blocks.1.hook_mlp_in"})
+    with pytest.raises(ValueError, match=r"must be of the graph's dictionary, but it is of 'blocks.1.hook_mlp_in'"):
+        write_graph_page(graph, tmp_path / "b.html", stores={hook: elsewhere})
     with pytest.raises(ValueError, match=r"`stores` must have hook points .* got 'x'"):
         write_graph_page(graph, tmp_path / "b.html", stores={"x": store})
     beyond = replace(graph, features=graph.features + 32 * (np.arange(len(graph.kinds)) == own[0]))
