@@ -18,6 +18,7 @@ from saelab.interventions.interventions import match_source
 from saelab.interventions.prompt_metrics import Texts
 from saelab.lm.hooks import FORWARD_TOKENS, capture, logits, replace_activations
 from saelab.lm.model_checks import Model
+from saelab.lm.relevance import RelevanceMethod, propagating
 from saelab.lm.resuming import LayersBelow, find_layers_below
 from saelab.sae.sae import SAE
 from saelab.stores.jobs import hidden
@@ -73,6 +74,7 @@ class EditedRuns:
         rows: Int[Tensor, "n_runs"] | None = None,
         *,
         grad: bool = False,
+        rules: RelevanceMethod | None = None,
         progress: str | None = None,
     ) -> Float[Tensor, "n_runs *values"]:
         """What is read of each run's logits, on the CPU.
@@ -81,6 +83,8 @@ class EditedRuns:
             edits: by hook point, what replaces its activations; none for the unmodified model.
             rows: text of each run; by default each text once.
             grad: let gradients flow to tensors that the edits use.
+            rules: propagation rules in place of the model's gradients, as of `saelab.lm.relevance.propagating`; what
+                is read of the logits keeps its gradient.
             progress: title of a progress bar; None for no bar.
         """
         rows = torch.arange(len(self.texts)) if rows is None else rows
@@ -88,7 +92,7 @@ class EditedRuns:
         with tqdm(total=len(rows), unit="run", desc=progress, delay=2, disable=hidden(progress is not None)) as bar:
             for start in range(0, len(rows), self.batch_size):
                 runs = torch.arange(start, min(start + self.batch_size, len(rows)))
-                found.append(self._forward(edits or {}, rows[runs], runs, grad, below))
+                found.append(self._forward(edits or {}, rows[runs], runs, grad, rules, below))
                 bar.update(len(runs))
         return torch.cat(found) if found else torch.zeros(0)
 
@@ -100,10 +104,20 @@ class EditedRuns:
         return None if layers is None else _Below(self.model, layers, self.texts)
 
     def _forward(
-        self, edits: Mapping[str, EditRuns], rows: Tensor, runs: Tensor, grad: bool, below: "_Below | None"
+        self,
+        edits: Mapping[str, EditRuns],
+        rows: Tensor,
+        runs: Tensor,
+        grad: bool,
+        rules: RelevanceMethod | None,
+        below: "_Below | None",
     ) -> Tensor:
         bound = {name: _bind(edit, runs) for name, edit in edits.items()}
-        with nullcontext() if below is None else below.known(rows), replace_activations(self.model, bound):
+        with (
+            nullcontext() if below is None else below.known(rows),
+            replace_activations(self.model, bound),
+            nullcontext() if rules is None else propagating(self.model, rules),
+        ):
             found = logits(self.model, self.texts.ids[rows], grad=grad)
         with torch.set_grad_enabled(grad):
             return self.read(found, self.texts, rows).cpu()
