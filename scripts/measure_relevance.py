@@ -112,7 +112,7 @@ def main() -> None:
         points = [f"blocks.{i}.{place}" for i in range(model.cfg.n_layers)]
         for point, acts in sl.collect(model, train, points, progress=False).items():
             sae = sl.SAE(sl.SAEConfig(d_in=acts.d_in, d_sae=1024, activation=sl.TopK(k=16)))
-            sl.fit(sae, acts, sl.TrainConfig(n_tokens=args.n_tokens), progress=False)
+            sl.fit([sae], acts, sl.TrainConfig(n_tokens=args.n_tokens), progress=False)
             pairs = tqdm(list(zip(prompts, metrics, strict=True)), desc=point, leave=False)
             found = [attribute_all(model, sae, ids, metric) for (ids, _), metric in pairs]
             print(format_rows(point, found), flush=True)

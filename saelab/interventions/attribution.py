@@ -22,7 +22,7 @@ from saelab.interventions.interventions import TokenSelection
 from saelab.interventions.prompt_metrics import Metric, Prompt, Texts, make_prompt_metric, read_texts
 from saelab.lm.hooks import capture
 from saelab.lm.model_checks import Model
-from saelab.lm.relevance import RelevanceMethod
+from saelab.lm.relevance import RelevanceMethod, require_rules
 from saelab.sae.sae import SAE
 from saelab.stores.feature_store import FeatureStore
 from saelab.stores.results import Result, format_table
@@ -293,7 +293,8 @@ def attribute(
     Raises:
         ValueError: for an unknown method or baseline, a metric that does not give one number a row, prompts of unequal
             length, a transcoder, an SAE of another model, weight processing or hook point (unless `allow_mismatch`),
-            and "relp" at queries or keys, from which constant attention patterns pass nothing on.
+            "relp" at queries or keys, from which constant attention patterns pass nothing on, and rules for a model
+            with autograd functions of its own.
 
     >>> model, sae = sl.lm.tiny_model(), sl.SAE(sl.SAEConfig(d_in=32, d_sae=64, activation=sl.TopK(k=4)))
     >>> found = attribute(model, sae, "Hello", "!", hook_point="blocks.1.hook_resid_post")
@@ -409,6 +410,8 @@ class Scene:
                     f"`method='{rules}'` needs a hook point whose activations the metric depends on while attention "
                     f"patterns are constant, got '{self.hook_point}'; take 'attnlrp' or 'gradient' there."
                 )
+            if rules is not None:
+                require_rules(value)
             return torch.autograd.grad(value, leaf)[0]
 
     def estimate(self, nodes: _Nodes, n_steps: int, rules: RelevanceMethod | None = None) -> Float[Tensor, "n_nodes"]:

@@ -62,6 +62,24 @@ def propagating(model: Model, method: RelevanceMethod) -> Iterator[None]:
             parameter.requires_grad_(True)
 
 
+def require_rules(result: Tensor) -> None:
+    """Raise ValueError where a forward pass within `propagating` has passed an autograd function that its author wrote:
+    no rule takes the place of such a function's own gradient.
+    """
+    seen, left = set(), [result.grad_fn]
+    while left:
+        node: Any = left.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if isinstance(node, torch.autograd.function.BackwardCFunction):
+            raise ValueError(
+                "Relevance rules need a model of PyTorch's own functions, got one with a gradient of its own, "
+                f"{type(node).__name__}. Use `method='gradient'` or 'integrated'."
+            )
+        left += [before for before, _ in node.next_functions]
+
+
 Rule = Callable[..., Tensor]
 
 
@@ -81,7 +99,7 @@ class _Propagation(TorchFunctionMode):
         if func in _SUMS and any(arg is self._odd for arg in args) and not all(map(_is_activation, args)):
             return _hold(lambda: func(*args, **known))
         rule = self._rules.get(func)
-        if rule is None or not any(map(_is_activation, args)):
+        if rule is None or not any(map(_is_activation, (*args, *known.values()))):
             return func(*args, **known)
         found = rule(_hold, func, *args, **known)
         if func in _ODD:
@@ -132,9 +150,11 @@ def _share_product(_hold: Any, func: Any, *args: Any, **kwargs: Any) -> Tensor:
     return found
 
 
-def _share_added_product(hold: Any, func: Any, summand: Tensor, a: Tensor, b: Tensor, **kwargs: Any) -> Tensor:
-    """A product that is added to something."""
-    return _share_product(hold, lambda *factors: func(summand, *factors, **kwargs), a, b)
+def _share_added_product(
+    hold: Any, func: Any, summand: Tensor, batch1: Tensor, batch2: Tensor, **kwargs: Any
+) -> Tensor:
+    """A product that is added to something; the names are those of `torch.baddbmm`."""
+    return _share_product(hold, lambda *factors: func(summand, *factors, **kwargs), batch1, batch2)
 
 
 def _share_attention(

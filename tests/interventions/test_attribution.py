@@ -124,7 +124,8 @@ def test_attnlrp_passes_half_through_attention(linear):
 @pytest.mark.parametrize("point", [HOOK, "blocks.1.hook_resid_pre"])
 def test_relevance_of_all_nodes_adds_up_to_the_metric(tiny, point):
     """The tiny model has no biases: RelP's relevance of features and errors of all tokens is the logit difference."""
-    sae = make_sae(tiny, point, normalizer="scale")
+    sae = make_sae(tiny, point)
+    sae.b_dec.data.zero_()
     options = {"where": sl.interventions.TokenSelector(special=True), "hook_point": point}
     relp, lrp, slopes = (
         attribute(tiny, sae, PROMPT, ("a", "b"), method=m, **options) for m in ("relp", "attnlrp", "gradient")

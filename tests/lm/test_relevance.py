@@ -13,7 +13,7 @@ from transformers.activations import ACT2FN
 
 import saelab as sl
 from saelab.lm.models import _byte_tokenizer
-from saelab.lm.relevance import RELEVANCE_RULES, RelevanceMethod, _Propagation, propagating
+from saelab.lm.relevance import RELEVANCE_RULES, RelevanceMethod, _Propagation, propagating, require_rules
 
 GENERATOR = torch.Generator().manual_seed(0)
 X = torch.randn(5, 8, generator=GENERATOR, dtype=torch.float64)
@@ -64,9 +64,11 @@ def test_factors_of_a_product_get_half_each() -> None:
     weighed = lambda x: A[0] * x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True))  # noqa: E731
     scale = X.pow(2).mean(-1, keepdim=True).rsqrt()
     torch.testing.assert_close(coefficients(weighed, X)[0], OUT * A[0] * scale)  # a weight or constant gets nothing
+    by_name = lambda a, b: torch.ones(2, 3, 5).baddbmm(batch1=a, batch2=b)  # noqa: E731
     ones, twos = torch.ones(2, 3, 4), torch.full((2, 4, 5), 2.0)
-    for compute, summand in ((torch.bmm, 0.0), (lambda a, b: torch.baddbmm(torch.ones(2, 3, 5), a, b), 1.0),
-                             (lambda a, b: torch.einsum("bij,bjk->bik", a, b), 0.0)):  # fmt: skip
+    added = lambda a, b: torch.baddbmm(torch.ones(2, 3, 5), a, b)  # noqa: E731
+    summed = lambda a, b: torch.einsum("bij,bjk->bik", a, b)  # noqa: E731
+    for compute, summand in ((torch.bmm, 0), (summed, 0), (added, 1), (by_name, 1)):
         a, b = ones.clone().requires_grad_(), twos.clone().requires_grad_()
         with _Propagation(RELEVANCE_RULES["relp"]):
             product = compute(a, b)
@@ -122,7 +124,7 @@ def test_attention_is_propagated_as_the_papers_say(method: RelevanceMethod, fuse
     torch.testing.assert_close(whole, by_parts)
 
 
-FAMILIES = ["LlamaForCausalLM", "GPT2LMHeadModel", "Gemma2ForCausalLM", "BloomForCausalLM", "Qwen3MoeForCausalLM"]
+FAMILIES = ["LlamaForCausalLM", "GPT2LMHeadModel", "Gemma2ForCausalLM", "Qwen3MoeForCausalLM"]
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -139,8 +141,10 @@ def test_relevance_adds_up_to_the_logit_in_every_family(name: str) -> None:
         leaf = x.clone().requires_grad_()
         logit, found = propagate(model, ids, leaf, biases, method)
         torch.testing.assert_close(logit, sl.lm.logits(model, ids)[0, -1, 7], rtol=1e-4, atol=1e-5)
-        whole = sum(float((at * c).sum()) for at, c in zip([leaf, *biases], found, strict=True) if c is not None)
-        missing[method] = abs(whole / float(logit) - 1)
+        whole = sum(
+            float((at.detach() * c).sum()) for at, c in zip([leaf, *biases], found, strict=True) if c is not None
+        )
+        missing[method] = abs(whole / float(logit.detach()) - 1)
     assert missing["relp"] < 1e-4
     assert min(missing["attnlrp"], missing["gradient"]) > 1e-2
 
@@ -166,3 +170,14 @@ def test_weights_require_gradients_again_behind_the_rules() -> None:
         assert not any(p.requires_grad for p in model.original_model.parameters())
         raise KeyError
     assert [p.requires_grad for p in model.original_model.parameters()] == before and not kept.requires_grad
+
+
+def test_a_gradient_that_a_model_brings_along_is_refused() -> None:
+    """BLOOM's GELU is an autograd function with a gradient of its own."""
+    model = sl.load_model(build("BloomForCausalLM"), tokenizer=_byte_tokenizer(("<s>", "</s>", "<pad>")))
+    sae = sl.SAE(sl.SAEConfig(d_in=32, d_sae=48, activation=sl.TopK(k=4)))
+    with pytest.raises(ValueError, match="got one with a gradient of its own, GeLUFunctionBackward"):
+        sl.interventions.attribute(model, sae, "A fox", 7, method="relp", hook_point="blocks.1.hook_out")
+    last = sl.interventions.attribute(model, sae, "A fox", 7, method="relp", hook_point="blocks.2.hook_out")
+    assert abs(last.effects).max() > 0  # no such function is behind the last block
+    require_rules(torch.ones(()))
