@@ -242,7 +242,7 @@ def steer_to_a_prototype(s: Subject) -> None:
 
 
 def attribute(s: Subject) -> None:
-    for method in ("gradient", "integrated", "exact"):
+    for method in ("gradient", "integrated", "relp", "attnlrp", "exact"):
         sl.interventions.attribute(s.model, s.sae, "The fox met the", ("!", "a"), method=method, progress=False)
     sl.interventions.patch(s.model, "The fox met the", "The cow met the", ("f", "c"), sources=HOOK)
 

@@ -1,4 +1,4 @@
-"""`attribute`: effect of each active feature at each token on a metric, by gradients or by ablating it.
+"""`attribute`: effect of each active feature at each token on a metric, by gradients, relevance or ablating it.
 
 The result, `Attribution`, includes completeness and agreement with exact effects.
 """
@@ -22,6 +22,7 @@ from saelab.interventions.interventions import TokenSelection
 from saelab.interventions.prompt_metrics import Metric, Prompt, Texts, make_prompt_metric, read_texts
 from saelab.lm.hooks import capture
 from saelab.lm.model_checks import Model
+from saelab.lm.relevance import RelevanceMethod, require_rules
 from saelab.sae.sae import SAE
 from saelab.stores.feature_store import FeatureStore
 from saelab.stores.results import Result, format_table
@@ -31,7 +32,7 @@ N_SHUFFLES = 99
 N_SHOWN = 10
 NOTHING = 1e-5
 """Differences of the metric below this share of its size count as rounding."""
-AttributionMethod = Literal["gradient", "integrated", "exact"]
+AttributionMethod = Literal["gradient", "integrated", "relp", "attnlrp", "exact"]
 Baseline = Literal["zero", "mean"]
 ERROR = -1  # in the place of a feature
 N_STEPS, MOST_STEPS, TOLERANCE = 32, 1024, 0.005
@@ -252,11 +253,18 @@ def attribute(
         x = sum_i z_i d_i + b + e          the reconstruction error e of each token is a node of its own
         gradient      (z'_i - z_i) dm/dz_i                                       one forward and backward
         integrated    (z'_i - z_i) int_0^1 dm/dz_i da, at x + a (x' - x)         Gauss-Legendre, `n_steps` points
+        relp, attnlrp (z'_i - z_i) d_i . c, c by propagation rules               one forward and backward
         exact         m(z_i replaced by z'_i alone) - m(z)                       one row of a forward a feature
 
     z' and e' are the replacing codes and errors. A negative effect means that replacing the feature lowers the metric.
-    Integrated effects of all nodes add up to m(x') - m(x); `completeness` of the result is the ratio reached. Sources:
-    arXiv:2403.19647, arXiv:1703.01365.
+    Integrated effects of all nodes add up to m(x') - m(x); `completeness` of the result is the ratio reached.
+
+    "relp" and "attnlrp" put layer-wise relevance propagation in place of the model's gradient: norm scales are
+    constants, act(h) is h times a constant, and products of two activations pass half each. "relp" takes attention
+    patterns as constants, "attnlrp" passes half of the relevance through softmax. In a model without biases, x . c of
+    "relp" adds up over tokens to a metric that is linear in the logits. Correlations with exact effects depend on the
+    hook point and may be better or worse than the gradient's, ranks above all: measure with `check=True`. Sources:
+    arXiv:2403.19647, arXiv:1703.01365, arXiv:2508.21258 (RelP), arXiv:2402.05602 (AttnLRP).
 
     Args:
         model: language model the SAE belongs to.
@@ -265,8 +273,9 @@ def attribute(
         metric: a token or its id (its log-probability of coming next, in nats), a pair of tokens (logit of the first
             minus that of the second), "loss" (mean cross-entropy of the prompt's own next tokens, in nats), or a
             differentiable function from logits (batch, n, d_vocab) to numbers (batch,).
-        method: "gradient" (one forward and backward), "integrated" (integrated gradients) or "exact" (each feature
-            replaced alone).
+        method: "gradient" (one forward and backward), "integrated" (integrated gradients), "relp" or "attnlrp"
+            (relevance propagation by the rules of `saelab.lm.relevance.propagating`) or "exact" (each feature replaced
+            alone).
         baseline: "zero" replaces codes and errors by 0; "mean" replaces the codes of features that fire by their means
             over `store`, and errors by 0.
         counterfactual: a prompt of as many tokens whose codes and errors replace those of `prompt`; `baseline` is then
@@ -283,8 +292,9 @@ def attribute(
 
     Raises:
         ValueError: for an unknown method or baseline, a metric that does not give one number a row, prompts of unequal
-            length, a transcoder, and an SAE of another model, weight processing or hook point (unless
-            `allow_mismatch`).
+            length, a transcoder, an SAE of another model, weight processing or hook point (unless `allow_mismatch`),
+            "relp" at queries or keys, from which constant attention patterns pass nothing on, and rules for a model
+            with autograd functions of its own.
 
     >>> model, sae = sl.lm.tiny_model(), sl.SAE(sl.SAEConfig(d_in=32, d_sae=64, activation=sl.TopK(k=4)))
     >>> found = attribute(model, sae, "Hello", "!", hook_point="blocks.1.hook_resid_post")
@@ -299,7 +309,8 @@ def attribute(
     nodes = _find_nodes(scene, sae, where, _read_other(scene, counterfactual), _read_means(sae, baseline, store))
     clean, patched = scene.values(torch.stack([0 * scene.x, nodes.total(scene.x)])).tolist()
     n_taken = 0 if method != "integrated" else n_steps or N_STEPS
-    effects = scene.measure(nodes, progress) if method == "exact" else scene.estimate(nodes, n_taken)
+    rules = method if method == "relp" or method == "attnlrp" else None
+    effects = scene.measure(nodes, progress) if method == "exact" else scene.estimate(nodes, n_taken, rules)
     while n_steps is None and 0 < n_taken < MOST_STEPS and _is_off(effects, clean, patched):
         n_taken *= 2
         effects = scene.estimate(nodes, n_taken)
@@ -380,18 +391,30 @@ class Scene:
     x: Float[Tensor, "n d_in"]
     """activations of the prompt"""
 
-    def values(self, moves: Float[Tensor, "n_runs n d_in"]) -> Float[Tensor, "n_runs"]:
-        """The metric with each of `moves` added to the activations; differentiable in `moves`."""
+    def values(
+        self, moves: Float[Tensor, "n_runs n d_in"], rules: RelevanceMethod | None = None
+    ) -> Float[Tensor, "n_runs"]:
+        """The metric with each of `moves` added to the activations; differentiable in `moves`, by rules if given."""
         edits = {self.hook_point: lambda x, runs: x.detach() + moves[runs.to(moves.device)].to(x.dtype)}
-        return self.runs.run(edits, torch.zeros(len(moves), dtype=torch.long), grad=moves.requires_grad)
+        return self.runs.run(edits, torch.zeros(len(moves), dtype=torch.long), grad=moves.requires_grad, rules=rules)
 
-    def gradient(self, moves: Float[Tensor, "n_runs n d_in"]) -> Float[Tensor, "n_runs n d_in"]:
-        """Gradient dm/dx of each run; the model's parameters get no gradients."""
+    def gradient(
+        self, moves: Float[Tensor, "n_runs n d_in"], rules: RelevanceMethod | None = None
+    ) -> Float[Tensor, "n_runs n d_in"]:
+        """Gradient dm/dx of each run, or its propagation coefficients; the model's parameters get no gradients."""
         leaf = moves.detach().requires_grad_()
         with torch.enable_grad():
-            return torch.autograd.grad(self.values(leaf).sum(), leaf)[0]
+            value = self.values(leaf, rules).sum()
+            if rules is not None and not value.requires_grad:
+                raise ValueError(
+                    f"`method='{rules}'` needs a hook point whose activations the metric depends on while attention "
+                    f"patterns are constant, got '{self.hook_point}'; take 'attnlrp' or 'gradient' there."
+                )
+            if rules is not None:
+                require_rules(value)
+            return torch.autograd.grad(value, leaf)[0]
 
-    def estimate(self, nodes: _Nodes, n_steps: int) -> Float[Tensor, "n_nodes"]:
+    def estimate(self, nodes: _Nodes, n_steps: int, rules: RelevanceMethod | None = None) -> Float[Tensor, "n_nodes"]:
         """Effects by the gradient at x (`n_steps` 0), or by its mean over `n_steps` points from x to x'."""
         total = nodes.total(self.x)
         points, weights = torch.zeros(1, dtype=torch.float64), torch.ones(1, dtype=torch.float64)
@@ -402,7 +425,7 @@ class Scene:
         size = self.runs.batch_size
         for part, weight in zip(points.split(size), weights.split(size), strict=True):
             moves = total * part.to(total)[:, None, None]
-            mean += torch.einsum("b,bnd->nd", weight.to(mean), self.gradient(moves).double())
+            mean += torch.einsum("b,bnd->nd", weight.to(mean), self.gradient(moves, rules).double())
         return (nodes.vectors * mean[nodes.tokens.to(mean.device)]).sum(1).float().cpu()
 
     def measure(self, nodes: _Nodes, progress: bool) -> Float[Tensor, "n_nodes"]:

@@ -32,6 +32,7 @@ from saelab.lm.hooks import (
     within_context,
 )
 from saelab.lm.model_checks import Model
+from saelab.lm.relevance import RelevanceMethod, propagating
 from saelab.lm.unwrapped import run
 from saelab.sae.sae import SAE
 from saelab.stores.jobs import hidden
@@ -124,6 +125,7 @@ class EditedRuns:
         rows: Int[Tensor, "n_runs"] | None = None,
         *,
         grad: bool = False,
+        rules: RelevanceMethod | None = None,
         progress: str | None = None,
     ) -> Float[Tensor, "n_runs *values"]:
         """What is read of each run's logits, on the CPU.
@@ -132,6 +134,8 @@ class EditedRuns:
             edits: by hook point, what replaces its activations; none for the unmodified model.
             rows: text of each run; by default each text once.
             grad: let gradients flow to tensors that the edits use.
+            rules: propagation rules in place of the model's gradients, as of `saelab.lm.relevance.propagating`; what
+                is read of the logits keeps its gradient.
             progress: title of a progress bar; None for no bar.
         """
         rows = torch.arange(len(self.texts)) if rows is None else rows
@@ -139,7 +143,7 @@ class EditedRuns:
         with tqdm(total=len(rows), unit="run", desc=progress, delay=2, disable=hidden(progress is not None)) as bar:
             for start in range(0, len(rows), self.batch_size):
                 runs = torch.arange(start, min(start + self.batch_size, len(rows)))
-                found.append(self._forward(edits or {}, rows[runs], runs, grad, below))
+                found.append(self._forward(edits or {}, rows[runs], runs, grad, rules, below))
                 bar.update(len(runs))
         return torch.cat(found) if found else torch.zeros(0)
 
@@ -151,10 +155,20 @@ class EditedRuns:
         return None if layers is None else _Below(self.model, layers, self.texts)
 
     def _forward(
-        self, edits: Mapping[str, EditRuns], rows: Tensor, runs: Tensor, grad: bool, below: "_Below | None"
+        self,
+        edits: Mapping[str, EditRuns],
+        rows: Tensor,
+        runs: Tensor,
+        grad: bool,
+        rules: RelevanceMethod | None,
+        below: "_Below | None",
     ) -> Tensor:
         bound = {name: _bind(edit, runs) for name, edit in edits.items()}
-        with nullcontext() if below is None else below.known(rows), replace_activations(self.model, bound):
+        with (
+            nullcontext() if below is None else below.known(rows),
+            replace_activations(self.model, bound),
+            nullcontext() if rules is None else propagating(self.model, rules),
+        ):
             found = logits(self.model, self.texts.ids[rows], grad=grad)
         with torch.set_grad_enabled(grad):
             return self.read(found, self.texts, rows).cpu()

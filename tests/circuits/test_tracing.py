@@ -12,11 +12,11 @@ from transcoders_made import cover, make_coder
 from unchecked import unchecked
 
 import saelab as sl
-from saelab.circuits import frozen_model
 from saelab.circuits.graph import AttributionGraph
 from saelab.circuits.linear_effects import FEATURE, LinearEffects, Targets, read_written
 from saelab.circuits.placement import place_dictionaries
 from saelab.circuits.tracing import trace
+from saelab.lm.freezing import FREEZING_RULES
 from saelab.lm.hook_points import hook_points_of
 from saelab.lm.models import _byte_tokenizer
 from saelab.sae.encoders import MatchingPursuit
@@ -246,7 +246,7 @@ def test_missing_layers_are_errors_where_asked_for(tiny) -> None:
 
 def test_a_model_that_is_not_linear_when_frozen_is_refused(tiny, monkeypatch) -> None:
     for function in (torch.rsqrt, Tensor.rsqrt):
-        monkeypatch.delitem(frozen_model._RULES, function)
+        monkeypatch.delitem(FREEZING_RULES, function)
     with pytest.raises(ValueError, match="not linear with attention patterns, norm scales and gates frozen"):
         trace(tiny, cover(tiny), PROMPT)
 

@@ -102,7 +102,7 @@ def test_in_a_linear_model_every_method_gives_the_truth(linear):
     a, b = find_token(linear, "x"), find_token(linear, "y")
     found = {
         method: attribute(linear, sae, PROMPT, ("x", "y"), method=method, hook_point=HOOK, n_steps=2)
-        for method in ("gradient", "integrated", "exact")
+        for method in ("gradient", "integrated", "relp", "exact")
     }
     one = found["exact"]
     zipped = zip(one.positions, one.features, one.codes, strict=True)
@@ -111,6 +111,50 @@ def test_in_a_linear_model_every_method_gives_the_truth(linear):
     for result in found.values():
         np.testing.assert_allclose(result.effects, truth, rtol=1e-3, atol=1e-4)
         assert result.completeness == pytest.approx(1, abs=1e-3)
+
+
+def test_attnlrp_passes_half_through_attention(linear):
+    """Uniform attention: half goes to the values, and the other half ends in a softmax of equal scores."""
+    sae, n = make_sae(linear, HOOK), len(read_texts(linear, PROMPT).ids[0])
+    options = {"hook_point": HOOK, "where": list(range(1, n - 1))}  # the last token acts along the residual stream too
+    half, whole = (attribute(linear, sae, PROMPT, ("x", "y"), method=m, **options) for m in ("attnlrp", "relp"))
+    np.testing.assert_allclose(half.effects, whole.effects / 2, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("point", [HOOK, "blocks.1.hook_resid_pre"])
+def test_relevance_of_all_nodes_adds_up_to_the_metric(tiny, point):
+    """The tiny model has no biases: RelP's relevance of features and errors of all tokens is the logit difference."""
+    sae = make_sae(tiny, point)
+    sae.b_dec.data.zero_()
+    options = {"where": sl.interventions.TokenSelector(special=True), "hook_point": point}
+    relp, lrp, slopes = (
+        attribute(tiny, sae, PROMPT, ("a", "b"), method=m, **options) for m in ("relp", "attnlrp", "gradient")
+    )
+    sums = [float(-found.effects.sum() - found.errors.sum()) for found in (relp, lrp, slopes)]
+    assert sums[0] == pytest.approx(relp.clean, rel=1e-4)
+    assert all(abs(other / relp.clean - 1) > 0.01 for other in sums[1:])
+    assert (relp.clean, relp.patched, relp.n_steps) == (slopes.clean, slopes.patched, 0)
+    assert relp.method == "relp" and relp.agreement is None
+
+
+def test_relevance_keeps_the_gradient_of_the_metric(tiny, tiny_sae):
+    """A log-probability's relevance is that of the logits, weighed by the derivative of log softmax."""
+    token, options = find_token(tiny, "!"), {"method": "relp", "hook_point": HOOK}
+    texts = read_texts(tiny, PROMPT)
+    weights = -sl.lm.logits(tiny, texts.ids)[0, -1].softmax(-1)
+    weights[token] += 1
+    linear = attribute(tiny, tiny_sae, PROMPT, lambda out: out[:, -1] @ weights, **options)
+    np.testing.assert_allclose(
+        attribute(tiny, tiny_sae, PROMPT, token, **options).effects, linear.effects, atol=1e-6, rtol=1e-4
+    )
+
+
+def test_constant_patterns_pass_nothing_to_queries(tiny):
+    point = "blocks.1.attn.hook_q"
+    sae = sl.SAE(sl.SAEConfig(d_in=32, d_sae=48, activation=sl.TopK(k=4)))
+    with pytest.raises(ValueError, match=r"patterns are constant, got 'blocks\.1\.attn\.hook_q'"):
+        attribute(tiny, sae, PROMPT, "!", method="relp", hook_point=point)
+    assert np.abs(attribute(tiny, sae, PROMPT, "!", method="attnlrp", hook_point=point).effects).max() > 0
 
 
 def test_estimates_agree_with_exact_effects_in_a_linear_model(linear):

@@ -7,8 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from saelab.circuits import frozen_model
-from saelab.circuits.frozen_model import Freezing
+from saelab.lm.freezing import FREEZING_RULES, Freezing
 
 GENERATOR = torch.Generator().manual_seed(0)
 X, Y = (torch.randn(1, 5, 8, generator=GENERATOR, dtype=torch.float64) for _ in range(2))
@@ -82,4 +81,4 @@ def test_fused_and_plain_attention_have_the_same_pattern() -> None:
     with Freezing() as fused:
         attend(X, True)
     torch.testing.assert_close(fused.constants[0], plain.constants[0])
-    assert len(frozen_model._RULES) > 20
+    assert len(FREEZING_RULES) > 20
