@@ -80,13 +80,13 @@ def require_rules(result: Tensor) -> None:
         left += [before for before, _ in node.next_functions]
 
 
-Rule = Callable[..., Tensor]
+PropagationRule = Callable[..., Tensor]
 
 
 class _Propagation(TorchFunctionMode):
     """Replaces functions of activations that require gradients by their rules."""
 
-    def __init__(self, rules: dict[Any, Rule]) -> None:
+    def __init__(self, rules: dict[Any, PropagationRule]) -> None:
         super().__init__()
         self._rules = rules
         self._odd: Tensor | None = None
@@ -173,7 +173,7 @@ _SUMS = {torch.add, Tensor.add}
 _SOFTMAX = (torch.softmax, Tensor.softmax, F.softmax)
 
 
-def _list_rules() -> dict[RelevanceMethod, dict[Any, Rule]]:
+def _list_rules() -> dict[RelevanceMethod, dict[Any, PropagationRule]]:
     names = ("relu", "relu6", "leaky_relu", "gelu", "silu", "mish", "elu", "selu", "celu", "hardswish")
     rules = FREEZING_RULES | {getattr(F, name): _pass_slope for name in names}
     for home in (torch, Tensor):
