@@ -43,8 +43,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--places", nargs="+", default=PLACES, help="hook points of a block")
     helped = "log-probability of the next token, or its logit less that of the likeliest other"
     parser.add_argument("--metric", choices=("next", "difference"), default="next", help=helped)
-    parser.add_argument("--n-prompts", type=int, default=8)
-    parser.add_argument("--length", type=int, default=40, help="tokens of a prompt")
+    parser.add_argument("--n-prompts", type=int, default=6)
+    parser.add_argument("--length", type=int, default=16, help="tokens of a prompt")
     parser.add_argument("--n-tokens", type=int, default=200_000, help="to train on")
     return parser.parse_args()
 
