@@ -5,11 +5,11 @@
 Four TopK 16 transcoders of 1,024 latents are trained on 500,000 tokens each (about two minutes; `--cache` keeps them),
 beside four that took one step: the null. Time is that of a graph of the last 16 tokens of a prompt, the median over
 turns; the goal is .7 s. Other figures are means over whole prompts, whose targets are the answer and its rival: the
-other person's name or the other town's word. `giver` is how much of what the giver's name does the
-graph finds: what the answer's logit less its rival's loses without that name's embedding, along all paths of the graph,
-over what it loses in the model, patterns and scales held. Nearly all of it passes through MLPs. Influence cannot tell:
-its shares are relative to what a graph explains. The goals: misses below 1e-4, replacement above .85, Spearman above .7
-with patterns and scales held, `giver` near 1, and far less with transcoders that took one step.
+other person's name or the other town's word. `giver` is what the answer's logit less its rival's loses without the
+embedding of the giver's name, along all paths of the graph and in the model, patterns and scales held. Nearly all of it
+passes through MLPs. Influence cannot tell: its shares are relative to what a graph explains. The goals: misses below
+1e-4, replacement above .85, Spearman above .7 with patterns and scales held, what the giver does found by the graph
+with trained transcoders, and far less with transcoders that took one step.
 """
 
 import argparse
@@ -64,8 +64,8 @@ def find_prompts(n: int) -> list[tuple[str, torch.Tensor, list[int], int | None]
 
 
 @torch.no_grad()
-def measure_giver(graph: AttributionGraph, model: Any, ids: torch.Tensor, giver: int) -> float:
-    """What the answer loses without the giver's name by the graph, over what it loses in the model."""
+def measure_giver(graph: AttributionGraph, model: Any, ids: torch.Tensor, giver: int) -> tuple[float, float]:
+    """What the answer loses without the giver's name, by the graph and in the model."""
     node = int(np.flatnonzero(graph.is_kind("embedding"))[giver])
     answer, rival = np.flatnonzero(graph.is_kind("logit"))
     found = float(graph.effects(answer)[node] - graph.effects(rival)[node])
@@ -75,7 +75,7 @@ def measure_giver(graph: AttributionGraph, model: Any, ids: torch.Tensor, giver:
     keep[giver] = 0
     less, _ = frozen.forward([(EMBEDDINGS, lambda x: x * keep)], constants)
     lost = (whole - less)[0, graph.features[[answer, rival]]]
-    return found / float(lost[0] - lost[1])
+    return found, float(lost[0] - lost[1])
 
 
 def measure(model: Any, coders: list[sl.SAE], n: int) -> dict[str, dict[str, float]]:
@@ -94,7 +94,7 @@ def measure(model: Any, coders: list[sl.SAE], n: int) -> dict[str, dict[str, flo
             "signs": checked.signs,
         }
         if giver is not None:
-            found["giver"] = measure_giver(graph, model, ids, giver)
+            found["giver, by the graph"], found["giver, in the model"] = measure_giver(graph, model, ids, giver)
         rows.setdefault(task, []).append(found)
     return {
         task: {name: (max if name == "miss" else mean)(row[name] for row in of_task) for name in of_task[0]}
