@@ -12,8 +12,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from saelab.functional.compiled import has_numba, use_numba
-from saelab.functional.sparse_products import LEAST_SORTED, gather_sum, transpose_entries
+from saelab.functional.compiled import use_numba
+from saelab.functional.sparse_products import gather_sum, transpose_entries
 
 
 class SilentCodes(NamedTuple):
@@ -36,10 +36,6 @@ class SilentCodes(NamedTuple):
         >>> SilentCodes.from_entries(torch.tensor([0, 1]), torch.tensor([2, 0]), 3)
         SilentCodes(rows=tensor([1, 0]), starts=tensor([0, 1, 1, 2]))
         """
-        if len(rows) >= LEAST_SORTED and rows.device.type == "cpu" and has_numba():
-            from saelab.functional import step_kernels
-
-            return cls(*step_kernels.group_rows(rows, latents, d_sae))
         order, starts = transpose_entries(latents, d_sae)
         return cls(rows.index_select(0, order), starts)
 

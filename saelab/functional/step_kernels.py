@@ -117,24 +117,6 @@ def _split_hits(sizes, names, counts, scale, margin, width, starts, first, last,
                 i_other += 1
 
 
-@kernel(set())
-@no_type_check
-def _group_rows(rows, latents, starts, out):
-    """Counting sort: the rows by latent, in their order, and where each latent starts."""
-    starts[:] = 0
-    for i in range(len(latents)):
-        starts[latents[i] + 1] += 1
-    for j in range(len(starts) - 1):
-        starts[j + 1] += starts[j]
-    for i in range(len(latents)):
-        latent = latents[i]
-        out[starts[latent]] = rows[i]
-        starts[latent] += 1
-    for j in range(len(starts) - 1, 0, -1):
-        starts[j] = starts[j - 1]
-    starts[0] = 0
-
-
 def decode_nested(
     indices: Int[Tensor, "nnz"],
     values: Float[Tensor, "nnz"],
@@ -181,33 +163,17 @@ def split_hits(
     """
     n_between = torch.empty_like(counts)
     inputs = [_array(t) for t in (sizes, latents, counts, scale, margin)]
-    found_in, low = inputs[0], np.float32(width)
-    counted = _array(n_between)
-    run_parts(lambda a, b: _count_between(found_in, *inputs[2:], low, a, b, counted), len(counts))
+    upper, counted = np.float32(width), _array(n_between)
+    run_parts(lambda a, b: _count_between(inputs[0], *inputs[2:], upper, a, b, counted), len(counts))
     ends = torch.stack([counts - n_between, n_between]).cumsum(1)
-    starts = torch.nn.functional.pad(ends, (1, 0))
+    starts = pad(ends, (1, 0))
     n_others, n_sure = ends[:, -1].tolist() if len(counts) else (0, 0)
     others = [torch.empty(n_others, dtype=dtype) for dtype in (torch.int64, torch.int64, torch.float32)]
     between = [torch.empty(n_sure, dtype=torch.int64) for _ in range(2)]
     into = [tuple(_array(t) for t in part) for part in (others, between)]
     first_places = _array(starts)
-    run_parts(lambda a, b: _split_hits(*inputs, low, first_places, a, b, *into), len(counts))
+    run_parts(lambda a, b: _split_hits(*inputs, upper, first_places, a, b, *into), len(counts))
     return others[0], others[1], others[2], between[0], between[1]
-
-
-def group_rows(
-    rows: Int[Tensor, "n_entries"], latents: Int[Tensor, "n_entries"], n: int
-) -> tuple[Int[Tensor, "n_entries"], Int[Tensor, "n_1"]]:
-    """The rows of the entries sorted by latent, in their order, and where each latent starts.
-
-    Args:
-        rows: row of each entry.
-        latents: latent of each entry.
-        n: number of latents.
-    """
-    out, starts = torch.empty_like(rows), rows.new_empty(n + 1)
-    _group_rows(_array(rows), _array(latents), _array(starts), _array(out))
-    return out, starts
 
 
 def sum_products(

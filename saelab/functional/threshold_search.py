@@ -104,14 +104,14 @@ def is_fused(W: Float[Tensor, "d_sae d_in"], precision: Precision = "int8") -> b
 
 def screening_precision(W: Float[Tensor, "d_sae d_in"]) -> Precision:
     """The fastest precision for screening this encoder: int8 where compiled kernels have it, whatever PyTorch's has."""
-    return "int8" if is_fused(W, "int8") else choose_precision(W.shape[1], len(W), W.device)
+    return "int8" if is_fused(W) else choose_precision(W.shape[1], len(W), W.device)
 
 
 def _is_screened(x: Tensor, W: Tensor, signed: bool, floor: Tensor) -> bool:
     """Whether a screen can find candidates here: magnitudes only above one threshold for all latents."""
     if len(W) < DENSE_WIDTH or not len(x) or (signed and floor.numel() > 1):
         return False
-    return is_fused(W, "int8")
+    return is_fused(W)
 
 
 class _Near(NamedTuple):

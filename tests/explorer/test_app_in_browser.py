@@ -2,20 +2,14 @@
 
 import json
 import re
-import shutil
 from collections.abc import Iterator
 from itertools import pairwise
 from typing import Any
 
 import pytest
+from browsers import PHONE, open_page, run_chromium
 
 import saelab as sl
-
-pytest.importorskip("playwright", reason="there is no playwright to drive a browser with")
-NAMES = ("chromium", "chromium-browser", "google-chrome")
-CHROMIUM = next((path for name in NAMES if (path := shutil.which(name))), "")
-if not CHROMIUM:
-    pytest.skip("there is no Chromium to open the explorer in", allow_module_level=True)
 
 HOOK, D_SAE = "blocks.1.hook_resid_post", 256
 HOSTILE = '</script><img src=x onerror="alert(1)">'
@@ -29,7 +23,6 @@ VIEWS = {
     "#/lists": "main form",
 }
 """addresses, and what is there once the view is drawn"""
-PHONE, DESK = {"width": 360, "height": 740}, {"width": 1280, "height": 860}
 
 
 @pytest.fixture(scope="module")
@@ -55,26 +48,14 @@ def server(store: sl.FeatureStore, model: Any) -> Iterator[Any]:
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
-    from playwright.sync_api import sync_playwright
-
-    with sync_playwright() as driver:
-        made = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", "--disable-gpu"])
+    with run_chromium() as made:
         yield made
-        made.close()
 
 
 @pytest.fixture
 def page(browser: Any) -> Iterator[Any]:
-    """A page that must write nothing to the console, ask nothing of another host, and open no dialog."""
-    made, faults = browser.new_page(viewport=DESK), []
-    made.set_default_timeout(20_000)
-    made.on("console", lambda message: faults.append(message.text))
-    made.on("pageerror", lambda error: faults.append(str(error)))
-    made.on("dialog", lambda dialog: faults.append(dialog.message))
-    made.on("request", lambda sent: faults.append(sent.url) if "127.0.0.1" not in sent.url.split("?")[0] else None)
-    yield made
-    made.close()
-    assert not faults
+    with open_page(browser, lambda url: "127.0.0.1" in url.split("?")[0]) as made:
+        yield made
 
 
 def has(page: Any, text: str) -> None:

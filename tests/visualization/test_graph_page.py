@@ -3,7 +3,6 @@
 import getpass
 import json
 import re
-import shutil
 import socket
 from collections.abc import Iterator
 from copy import copy
@@ -15,6 +14,7 @@ from urllib.parse import parse_qs
 import numpy as np
 import pytest
 import torch
+from browsers import DESK, PHONE, open_page, run_chromium
 from graphs_made import make_graph
 
 import saelab as sl
@@ -24,9 +24,6 @@ from saelab.visualization import write_graph_page
 from saelab.visualization.graph_page import N_DRAWN, N_LINES, draw_graph
 from tests.pages import check_policy
 
-CHROMIUM = next(
-    (path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), ""
-)
 HOSTILE = '</script><img src=x onerror="alert(1)">'
 TOKENS = ("<s>", HOSTILE, " \"a'", "\n", " b")
 FEATURE, LOGIT = KINDS.index("feature"), KINDS.index("logit")
@@ -167,32 +164,16 @@ def test_an_empty_graph_is_drawn() -> None:
 
 
 # ---- in a browser
-DESK, PHONE = {"width": 1280, "height": 860}, {"width": 360, "height": 740}
-
-
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
-    driver = pytest.importorskip("playwright.sync_api", reason="there is no playwright to drive a browser with")
-    if not CHROMIUM:
-        pytest.skip("there is no Chromium to open the page in")
-    with driver.sync_playwright() as driving:
-        made = driving.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", "--disable-gpu"])
+    with run_chromium() as made:
         yield made
-        made.close()
 
 
 @pytest.fixture
 def page(browser: Any) -> Iterator[Any]:
-    """A page that must write nothing to the console, ask nothing of the network, and open no dialog."""
-    made, faults = browser.new_page(viewport=DESK), []
-    made.set_default_timeout(10_000)
-    made.on("console", lambda message: faults.append(message.text))
-    made.on("pageerror", lambda error: faults.append(str(error)))
-    made.on("dialog", lambda dialog: faults.append(dialog.message))
-    made.on("request", lambda sent: None if sent.url.startswith(("file:", "blob:")) else faults.append(sent.url))
-    yield made
-    made.close()
-    assert not faults
+    with open_page(browser, lambda url: url.startswith(("file:", "blob:"))) as made:
+        yield made
 
 
 @pytest.fixture(scope="module")

@@ -2,7 +2,6 @@
 
 import json
 import re
-import shutil
 import subprocess
 from html.parser import HTMLParser
 from importlib.resources import files
@@ -11,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from browsers import CHROMIUM
 
 import saelab as sl
 from saelab.analysis.density import dead_features
@@ -22,9 +22,6 @@ from tests.pages import with_script
 
 HOSTILE = '</script><script>alert(1)</script><img src=x onerror="alert(2)">'
 STRINGS = {0: " the", 1: " hot", 2: " cold", 3: HOSTILE, 4: "\n"}
-CHROMIUM = next(
-    (path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None
-)
 
 
 class Parsed(HTMLParser):
