@@ -14,7 +14,7 @@ from saelab.functional.screening import largest_first
 from saelab.lm.model_checks import Model
 from saelab.lm.tokenizers import token_strings
 from saelab.lm.unembedding import Unembedding
-from saelab.sae.compatibility import match_weights, require_finite
+from saelab.sae.compatibility import match_weights, require_finite, require_one_source
 from saelab.sae.sae import SAE
 from saelab.stores.results import Result
 from saelab.training.ranks import RankGrid, Steps, run_together
@@ -105,6 +105,7 @@ def logit_lens(
     with ranks.together():
         wanted = read_features(range(sae.cfg.d_sae) if features is None else features, sae.cfg.d_sae)
         require_finite(sae)
+        require_one_source(sae)
         match_weights(sae.provenance, model, allow_mismatch)
         read_out = unembedding if unembedding is not None else Unembedding.measure(model)
     ranks.require_equal({"features": wanted, "number of tokens": n})

@@ -61,6 +61,8 @@ def trace_prompt(
 
     if page is not None:
         require_page_name(page)
+    if Path(prompt).is_dir():  # the last SAE, where the prompt was forgotten
+        raise ValueError(f"`PROMPT` must be a text after the SAEs, got the folder '{prompt}'.")
     coders, lm = open_several(saes, model, device, progress)
     graph = trace(
         lm,

@@ -40,6 +40,15 @@ class Match:
         return (self.hook_point,) if self.hook_point_out is None else (self.hook_point, self.hook_point_out)
 
 
+def require_one_source(sae: SAE) -> None:
+    """Raise ValueError for a crosscoder, whose sources are used on a model one at a time."""
+    if sae.cfg.sources is not None:
+        raise ValueError(
+            f"An SAE must read one hook point to be used on a model, got a crosscoder of "
+            f"{[source.name for source in sae.cfg.sources]}; take one of them: sae.source(name)."
+        )
+
+
 def match_model(
     sae: SAE,
     model: Model,
@@ -87,11 +96,7 @@ def match_places(
         ValueError: where one of them differs, where no hook point is known, or the model has none of that name.
     """
     require_finite(sae)
-    if sae.cfg.sources is not None:
-        raise ValueError(
-            f"An SAE must read one hook point to be used on a model, got a crosscoder of "
-            f"{[source.name for source in sae.cfg.sources]}; take one of them: sae.source(name)."
-        )
+    require_one_source(sae)
     names = _choose_places(sae, hook_point)
     for name in names:
         hook_points_of(model).find(name)

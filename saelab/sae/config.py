@@ -271,6 +271,10 @@ class SAEConfig:
             if self.encode_from != "all":
                 raise ValueError('`encode_from` must be "all" for an SAE of one source; give `sources`.')
             return
+        if not all(isinstance(source, JoinedSource) for source in self.sources):
+            raise ValueError(
+                f"`sources` must be names with widths, as `Activations.join(...).sources`, got {list(self.sources)}."
+            )
         check_sources(self.sources, self.d_in)
         if self.d_out is not None:
             raise ValueError("`d_out` must be None for a crosscoder, which reconstructs what it reads.")

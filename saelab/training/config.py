@@ -7,6 +7,7 @@ batches of data, losses, and modules that can be trained.
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from numbers import Integral
 from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor, nn
@@ -59,8 +60,9 @@ class TrainConfig:
     def __post_init__(self) -> None:
         if self.batch_size is None:
             object.__setattr__(self, "batch_size", default_batch_size(self.n_tokens))
-        if self.batch_size < 1:
-            raise ValueError(f"`batch_size` must be at least 1 token, got {self.batch_size}.")
+        for name in ("n_tokens", "batch_size"):
+            if not isinstance(value := getattr(self, name), Integral) or value < 1:
+                raise ValueError(f"`{name}` must be a whole number of at least 1, got {value}.")
         if self.n_tokens < self.batch_size:
             raise ValueError(
                 f"`n_tokens` must hold a batch of {self.batch_size}, got {self.n_tokens}; lower `batch_size`."

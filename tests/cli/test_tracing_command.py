@@ -26,6 +26,7 @@ def test_a_graph_is_traced_checked_and_written(tiny, tiny_tokens, capsys, tmp_pa
     coder.save_pretrained(tmp_path / "sae")
     words = ["trace", "tiny", str(tmp_path / "sae"), "A fox", "--no-progress"]
     assert dispatch(words) == 2 and "--allow-missing" in capsys.readouterr().err
+    assert dispatch(["trace", "tiny", *[str(tmp_path / "sae")] * 2]) == 2 and "`PROMPT`" in capsys.readouterr().err
     words += ["--allow-missing", "--target", "a", "--target", "b", "--nodes", "0.9"]
     assert dispatch([*words, "--page", str(tmp_path / "page.txt")]) == 2 and ".html" in capsys.readouterr().err
     files = [

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from unchecked import unchecked
 
 import saelab as sl
 from saelab.sae.fitting import mean_l0
@@ -185,7 +186,12 @@ def test_store_report_and_steering_at_a_source(tmp_path: Path) -> None:
     moved = add.change(x, x) - x
     assert torch.allclose(moved[0], 3 * sae.directions()[latent, both.sources[0].d_in :], atol=1e-5)  # type: ignore[index]
     assert add.writes_at == points[1]
-    for wrong in (lambda: sl.evaluate(sae, model, tokens), lambda: sl.harvest(sae, model, tokens, tmp_path / "no")):
+    for wrong in (
+        lambda: sl.evaluate(sae, model, tokens),
+        lambda: sl.harvest(sae, model, tokens, tmp_path / "no"),
+        lambda: sl.analysis.logit_lens(sae, model, [0]),
+        lambda: sl.report(store, tmp_path / "no.html", model, sae=sae, features=[0], progress=False),
+    ):
         with pytest.raises(ValueError, match=r"take one of them: sae.source\(name\)"):
             wrong()
     with pytest.raises(ValueError, match="must be the one that was harvested"):
@@ -199,13 +205,14 @@ def test_store_report_and_steering_at_a_source(tmp_path: Path) -> None:
         ({"d_in": 9}, "sum of the widths"),
         ({"sources": (SOURCES[0],), "d_in": 6}, "at least two"),
         ({"sources": (SOURCES[0], replace(SOURCES[1], name="a"))}, "different names"),
+        ({"sources": ("a", "b")}, "names with widths"),
         ({"normalizer": "token_norm"}, "same map for every token"),
         ({"d_out": 10}, "`d_out` must be None"),
         ({"sources": None, "encode_from": "any"}, "give `sources`"),
     ],
 )
 def test_configurations_that_make_no_sense(changes: dict[str, object], said: str) -> None:
-    with pytest.raises(ValueError, match=said):
+    with unchecked(), pytest.raises(ValueError, match=said):
         config(**changes)
 
 

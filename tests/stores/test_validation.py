@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
+from unchecked import unchecked
 
 import saelab as sl
 from saelab.cli.app import dispatch
@@ -260,7 +261,20 @@ def test_a_sample_of_the_fuzzer_is_clean() -> None:
     assert unclean == [] and outcomes["refused"] > 50
 
 
-# ---- numbers that are not finite
+# ---- budgets, and numbers that are not finite
+@pytest.mark.parametrize("wrong", [{"n_tokens": 0}, {"n_tokens": 1e5}, {"batch_size": 2.5}, {"batch_size": 0}])
+def test_budgets_are_whole_numbers(wrong) -> None:
+    with unchecked(), pytest.raises(ValueError, match=f"`{next(iter(wrong))}` must be a whole number of at least 1"):
+        sl.TrainConfig(**wrong)
+
+
+@pytest.mark.parametrize(("n_tokens", "size"), [(300, 300), (184_319, 512), (368_640, 1024), (2_000_000, 4096)])
+def test_short_runs_have_small_batches(n_tokens, size) -> None:
+    run = sl.TrainConfig(n_tokens=n_tokens)
+    assert run.batch_size == size and (run.n_steps >= 360 or size <= 512)
+    assert sl.TrainConfig(n_tokens=n_tokens, batch_size=7 % n_tokens).batch_size == 7
+
+
 @pytest.mark.parametrize("lr", [float("inf"), float("nan"), -1.0, 0.0])
 def test_a_rate_must_be_a_rate(lr) -> None:
     with pytest.raises(ValueError, match="`lr` must be positive and finite"):
