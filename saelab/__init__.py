@@ -25,6 +25,7 @@ if TYPE_CHECKING:
         universality as universality,
         visualization as visualization,
     )
+    from saelab.analysis.text_features import read as read
     from saelab.collecting.collection import collect as collect, stream as stream
     from saelab.collecting.harvesting import harvest as harvest
     from saelab.evaluation.evaluation import evaluate as evaluate

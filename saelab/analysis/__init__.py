@@ -50,5 +50,6 @@ if TYPE_CHECKING:
         SignAudit as SignAudit,
         sign_audit as sign_audit,
     )
+    from saelab.analysis.text_features import ReadFeature as ReadFeature, TextFeatures as TextFeatures, read as read
 
 __getattr__, __dir__, __all__ = attach(__name__)

@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     )
     from saelab.circuits.graph_views import (
         GraphView as GraphView,
-        LabelSource as LabelSource,
         NodeLabels as NodeLabels,
         influence_shares as influence_shares,
     )

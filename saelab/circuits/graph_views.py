@@ -1,34 +1,25 @@
 """How a graph is shown: names of nodes, shares of influence, and `GraphView`: pins, supernodes, thresholds."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol, get_args, runtime_checkable
+from typing import Any, Literal, get_args
 
 import numpy as np
 from jaxtyping import Float
 
 from saelab.circuits.graph import KINDS, AttributionGraph, NodeKind
+from saelab.stores.feature_names import FeatureNames, name_sides
 from saelab.stores.results import Result
 
 LinkType = Literal["input", "output", "either", "both"]
 """Which links of the clicked node a page draws: those into it, those out of it, or all. circuit-tracer has two words
 for all, which differ with several pinned nodes."""
 LINK_TYPES: tuple[LinkType, ...] = get_args(LinkType)
-NEGATIVE = "\u2212 "
-"""before the name of a feature that is there with a negative code and has no name for its negative side"""
 ATTENTION = ("attn", "hook_z", "hook_result")
 """parts of the names of hook points behind attention"""
 
 
-@runtime_checkable
-class LabelSource(Protocol):
-    """Something that holds labels of one dictionary's features, such as `LabelStore`."""
-
-    def shown(self, features: Iterable[int] | None = None) -> Sequence[Any]:
-        """The chosen labels of these features, each with `feature`, `sign`, `text` and `kind`."""
-
-
-NodeLabels = Mapping[str, Mapping[int, str] | LabelSource]
+NodeLabels = Mapping[str, FeatureNames]
 """For each hook point of `dictionaries`, texts by feature or a label store."""
 
 
@@ -137,21 +128,10 @@ def name_nodes(graph: AttributionGraph, labels: NodeLabels | None = None) -> lis
     return found
 
 
-def _name_features(graph: AttributionGraph, source: int, labels: Mapping[int, str] | LabelSource) -> Any:
+def _name_features(graph: AttributionGraph, source: int, labels: FeatureNames) -> Callable[[int, float | int], str]:
     """Function from a feature and the sign of its code to its text."""
-    if isinstance(labels, Mapping):
-        sides = {(int(feature), 0): text for feature, text in labels.items()}
-    else:
-        own = (graph.sources == source) & graph.is_kind("feature")
-        wanted = sorted(set(graph.features[own].tolist()))
-        rows = [row for row in labels.shown(wanted) if row.kind != "none"]
-        sides = {(row.feature, row.sign): row.text for row in rows}
-
-    def name(feature: int, sign: int) -> str:
-        whole = sides.get((feature, 0), "")
-        return sides.get((feature, sign)) or (NEGATIVE + whole if whole and sign < 0 else whole)
-
-    return name
+    own = (graph.sources == source) & graph.is_kind("feature")
+    return name_sides(labels, graph.features[own].tolist())
 
 
 def influence_shares(graph: AttributionGraph) -> tuple[Float[np.ndarray, "n_nodes"], Float[np.ndarray, "n_edges"]]:

@@ -16,6 +16,7 @@ from saelab.cli.features import harvest_text, show_dead, show_features, write_re
 from saelab.cli.info import show_info
 from saelab.cli.labeling import VERBS as LABEL_VERBS, label_features, open_book
 from saelab.cli.planning import plan_run
+from saelab.cli.reading import read_texts
 from saelab.cli.steering import draw_curve, steer_prompts
 from saelab.cli.terminal import echo, find_base
 from saelab.cli.tracing import trace_prompt
@@ -51,6 +52,7 @@ VERBS: dict[str, Callable[..., None]] = {
     "evaluate": evaluate_sae,
     "convert": convert_sae,
     "harvest": harvest_text,
+    "read": read_texts,
     "features": show_features,
     "dead": show_dead,
     "label": label_features,

@@ -11,14 +11,15 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from saelab.interventions.interventions import TokenSelection, make_where
+from saelab.lm.conversations import Conversation, Messages
 from saelab.lm.documents import list_prompts
 from saelab.lm.hooks import ForwardTokens, next_token_loss
 from saelab.lm.model_checks import Model, find_context, find_row
 from saelab.lm.tokenizers import find_special_ids, find_token_id, spell, token_strings
 from saelab.lm.tokens import Tokens, tokenize
 
-Prompt: TypeAlias = str | Int[Tensor, "n"]
-"""A text, which gets a BOS, or token ids as they are."""
+Prompt: TypeAlias = str | Messages | Conversation | Int[Tensor, "n"]
+"""A text, which gets a BOS, a conversation, which the assistant continues, or token ids as they are."""
 TargetToken: TypeAlias = str | int | np.integer | Int[Tensor, "n_texts"]
 """A token, by its text or id; or one id for each text"""
 Metric: TypeAlias = TargetToken | tuple[TargetToken, TargetToken] | Callable[[Tensor], Tensor]
@@ -78,6 +79,8 @@ def read_texts(model: Model, prompts: Prompt | Sequence[Prompt] | Tokens) -> Tex
 def _read_prompt(model: Model, prompt: Prompt) -> Int[Tensor, "n"]:
     if isinstance(prompt, Tensor) and prompt.ndim == 1 and not prompt.is_floating_point():
         return prompt.long().cpu()
+    if isinstance(prompt, Conversation):
+        return torch.tensor(prompt.encode(model.tokenizer, reply=True))
     if not isinstance(prompt, str):
         got = f"{prompt.dtype} of shape {tuple(prompt.shape)}" if isinstance(prompt, Tensor) else type(prompt).__name__
         raise ValueError(f"A prompt must be a text or a tensor of token ids, (n_tokens,) integers, got {got}.")

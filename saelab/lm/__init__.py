@@ -9,6 +9,7 @@ from saelab._lazy import attach
 
 if TYPE_CHECKING:
     from saelab.lm.caching import Caching as Caching
+    from saelab.lm.conversations import Conversation as Conversation, Messages as Messages, Prompts as Prompts
     from saelab.lm.generation import (
         Generated as Generated,
         Generation as Generation,

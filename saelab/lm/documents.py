@@ -20,6 +20,8 @@ from typing import Any, TextIO, TypeAlias
 import numpy as np
 import torch
 
+from saelab.lm.conversations import Conversation
+
 OPENERS: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
 KINDS = {".jsonl": "JSONL", ".ndjson": "JSONL", ".json": "JSON", ".csv": ",", ".tsv": "\t", ".parquet": "parquet"}
 REFUSED = {
@@ -39,8 +41,8 @@ DIVISIBLE = {f"{kind}Iterable" for kind in ("Examples", "ArrowExamples", "Rebatc
 }
 """layers of a streaming data set of `datasets` whose shards, read one after another, are the whole"""
 UTF_16 = (b"\xff\xfe", b"\xfe\xff")
-Row: TypeAlias = str | np.ndarray
-"""a document: its text, or its token ids"""
+Row: TypeAlias = str | np.ndarray | Conversation
+"""a document: its text, its token ids, or messages"""
 
 
 def _find_kind(path: str | os.PathLike[str]) -> tuple[Path, str]:
@@ -254,13 +256,14 @@ def read_documents(texts: Any, *, separator: str | None = "<|endoftext|>", field
     """
     for i, row in enumerate(read_rows(texts, separator=separator, field=field)):
         if not isinstance(row, str):
-            raise TypeError(f"A document must be a string, got token ids at item {i}. Give them to `tokenize`.")
+            what = "a conversation" if isinstance(row, Conversation) else "token ids"
+            raise TypeError(f"A document must be a string, got {what} at item {i}. Give them to `tokenize`.")
         yield row
 
 
 def read_rows(texts: Any, *, separator: str | None = "<|endoftext|>", field: str = "text") -> Iterator[Row]:
-    """Iterator over documents as in `read_documents`, each a string or token ids: a list, array or tensor of
-    integers.
+    """Iterator over documents as in `read_documents`, each a string, token ids (a list, array or tensor of integers) or
+    a conversation (a list of messages).
     """
     return keep_rows(find_rows(texts, separator, field), field)
 
@@ -281,17 +284,20 @@ def describe_source(texts: Any) -> str:
     return type(texts).__name__
 
 
-def list_prompts(prompts: Any, name: str = "Prompts") -> list[Any]:
-    """Prompts as a list, also of a single one; TypeError for anything but texts, such as a mapping.
+def list_prompts(prompts: Any, name: str = "Prompts", conversations: bool = True) -> list[Any]:
+    """Prompts as a list, also of a single one, conversations as `Conversation`; TypeError for anything but texts and
+    conversations, such as a mapping.
 
     >>> list_prompts("One"), list_prompts(("Two", "three"))
     (['One'], ['Two', 'three'])
     """
     if isinstance(prompts, str):
         return [prompts]
+    if conversations and (alone := Conversation.find(prompts)) is not None:
+        return [alone]
     if isinstance(prompts, bytes | Mapping | set | frozenset) or hasattr(prompts, "columns"):
         raise TypeError(f"{name} must be a text or a list of texts, got {type(prompts).__name__}; give a list.")
-    found = list(prompts)
+    found = [(conversations and Conversation.find(prompt)) or prompt for prompt in prompts]
     if bad := [prompt for prompt in found if isinstance(prompt, Mapping | bytes)]:
         raise TypeError(f"{name} must be texts, got a {type(bad[0]).__name__} among them.{_advise([bad[0]])}")
     return found
@@ -440,13 +446,14 @@ def _read_row(row: Any, field: str, where: str) -> Row:
     seen = None
     if isinstance(row, Mapping):
         if field not in row:
-            raise ValueError(
-                f"Every row must have the field {field!r}, got none at {where}. {format_columns(field, row)}"
-            )
+            advice = "Put a conversation into a list." if "role" in row else format_columns(field, row)
+            raise ValueError(f"Every row must have the field {field!r}, got none at {where}. {advice}")
         seen = row.get(MASK) if field == IDS else None
         row = row[field]
     if isinstance(row, str):
         return _require_characters(row, where)
+    if (conversation := Conversation.find(row)) is not None:
+        return conversation
     if (ids := _as_ids(row)) is not None:
         return ids if seen is None else ids[np.asarray(seen, dtype=bool)]
     advice = _advise(row)
@@ -471,7 +478,7 @@ def _advise(row: Any) -> str:
     if isinstance(row, list | tuple) and row and isinstance(row[0], str):
         return " Join its words: ' '.join(words)."
     if isinstance(row, list | tuple) and row and isinstance(row[0], Mapping):
-        return " Write a conversation as text first: tokenizer.apply_chat_template(messages, tokenize=False)."
+        return ' Every message of a conversation needs a role: {"role": "user", "content": "Hello"}.'
     if isinstance(row, int | np.integer) or (isinstance(row, torch.Tensor | np.ndarray) and row.ndim == 0):
         return " Put a single row of token ids into a list."
     if row is None or isinstance(row, float):

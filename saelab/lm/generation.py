@@ -17,6 +17,7 @@ from tqdm.auto import tqdm
 
 from saelab.lm.caching import place_columns
 from saelab.lm.continuations import pad_rows
+from saelab.lm.conversations import Conversation, Messages, Prompts
 from saelab.lm.documents import list_prompts
 from saelab.lm.hook_points import hook_points_of
 from saelab.lm.model_checks import Model, find_context, find_row
@@ -162,7 +163,7 @@ class Generation(Result):
 @torch.no_grad()
 def generate(
     model: Model,
-    prompts: str | Sequence[str] | Int[Tensor, "n_prompts n"],
+    prompts: Prompts | Int[Tensor, "n_prompts n"],
     n_tokens: int = 50,
     *,
     n: int = 1,
@@ -184,7 +185,8 @@ def generate(
 
     Args:
         model: the language model.
-        prompts: text or texts, or rows of token ids, which are used as they are.
+        prompts: text or texts, a conversation or several, which the assistant continues (lists of messages such as
+            {"role": "user", "content": "Hello"}), or rows of token ids, which are used as they are.
         n_tokens: largest number of tokens to generate per sample.
         n: number of samples per prompt.
         seed: seed of the samples.
@@ -221,20 +223,22 @@ def generate(
     return Generation(samples=tuple(samples), temperature=float(sampling.temperature), seed=seed)
 
 
-def _read_prompts(
-    model: Model, prompts: str | Sequence[str] | Tensor, bos: bool | None
-) -> tuple[list[Tensor], list[str]]:
+def _read_prompts(model: Model, prompts: Prompts | Tensor, bos: bool | None) -> tuple[list[Tensor], list[str]]:
     """Token ids and text of each prompt."""
     tokenizer: Any = model.tokenizer
     if isinstance(prompts, Tensor):
         rows = [row.long().cpu() for row in prompts]
         texts = [read_text(model, row.tolist()) if tokenizer else "" for row in rows]
         return rows, texts
-    texts = list_prompts(prompts)
+    given = list_prompts(prompts)
+    texts = [one.write(tokenizer, reply=True) if isinstance(one, Conversation) else one for one in given]
     if bad := [i for i, text in enumerate(texts) if not text.strip()]:
         raise ValueError(f"A prompt must hold text, prompt {bad[0]} is blank; to start from BOS alone give its id.")
     rows = []
-    for text in texts:
+    for one, text in zip(given, texts, strict=True):
+        if isinstance(one, Conversation):
+            rows.append(torch.tensor(one.encode(tokenizer, reply=True)))
+            continue
         tokens = tokenize(model, [text], find_row(model, text), packed=False, bos=bos, separator=None)
         rows.append(tokens.ids[0, : tokens.n_tokens].long())
     return rows, texts
@@ -388,7 +392,7 @@ class TokenStream(Iterator[StreamedToken]):
 
 def stream_tokens(
     model: Model,
-    prompt: str | Int[Tensor, "n"],
+    prompt: str | Messages | Conversation | Int[Tensor, "n"],
     n_tokens: int = 50,
     *,
     seed: int = 0,
@@ -401,7 +405,7 @@ def stream_tokens(
 
     Args:
         model: the language model.
-        prompt: one text, or one row of token ids, which is used as it is.
+        prompt: one text or conversation, or one row of token ids, which is used as it is.
         n_tokens: largest number of tokens to generate.
         seed: seed of the sample.
         sampling: temperature, top-k and top-p; by default the model's own distribution.
@@ -449,10 +453,7 @@ def answer(model: Model, messages: Sequence[Mapping[str, str]], n_tokens: int) -
 
 def _encode(tokenizer: Any, messages: Sequence[Mapping[str, str]]) -> torch.Tensor:
     if tokenizer.chat_template:
-        text = tokenizer.apply_chat_template(
-            [dict(message) for message in messages], tokenize=False, add_generation_prompt=True
-        )
-        ids = tokenizer(text, add_special_tokens=False)["input_ids"]  # the template adds its own special tokens
+        ids = Conversation(tuple(dict(message) for message in messages)).encode(tokenizer, reply=True)
     else:
         ids = tokenizer("\n\n".join(message["content"] for message in messages) + "\n")["input_ids"]
     return torch.tensor([ids])

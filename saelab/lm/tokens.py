@@ -13,6 +13,7 @@ import torch
 from jaxtyping import Bool, Int32
 from torch import Tensor
 
+from saelab.lm.conversations import Conversation
 from saelab.lm.documents import Row, describe_source, find_rows, keep_rows, open_part
 from saelab.lm.model_checks import Model, find_context
 from saelab.lm.tokenizers import find_bos, find_special_ids
@@ -131,11 +132,13 @@ def tokenize(
         model: the language model, for its tokenizer and context length.
         texts: a file, a list, a column, a table or a data set, as in `saelab.lm.documents.read_documents`. A document
             may also be token ids: a list, array or tensor of integers, or a row with `field="input_ids"`, from which an
-            `attention_mask` in the same row removes the padding.
+            `attention_mask` in the same row removes the padding; or a conversation: a list of messages such as
+            {"role": "user", "content": "Hello"}, of which the tokenizer's chat template makes a text. Data sets usually
+            have these with `field="messages"`.
         ctx_len: length of a row, in tokens.
         packed: whether rows hold documents one after another.
         bos: True puts BOS before every document that does not begin with it, False before none, None does as the
-            tokenizer by itself.
+            tokenizer by itself. Conversations begin as their template has it.
         n_tokens: stop after exactly that many tokens (fewer if the text ends), BOS included; None takes all.
         separator: line that divides the documents of a text file; None makes each line a document.
         field: name of the column or key that holds the text.
@@ -177,7 +180,7 @@ def tokenize(
         doc_ids=torch.from_numpy(doc_ids),
         special_ids=find_special_ids(model),
         source=source,
-        bos=bool(first),
+        bos=bool(first) and all(piece[0] == first[0] for piece in pieces if len(piece)),
         packed=packed,
         n_truncated=n_truncated,
     )
@@ -316,8 +319,12 @@ def _encode(model: Model, rows: list[Row], first: list[int], longest: int | None
     """Token ids of documents, and whether each was cut."""
     made, found = iter(_encode_texts(model.tokenizer, [row for row in rows if isinstance(row, str)])), []
     for row in rows:
-        ids = _require_ids(model, np.array(next(made), np.int64) if isinstance(row, str) else row)
-        begins = len(ids) == 0 or ids[: len(first)].tolist() == first
+        if isinstance(row, Conversation):
+            read: Any = row.encode(model.tokenizer)
+        else:
+            read = next(made) if isinstance(row, str) else row
+        ids = _require_ids(model, np.array(read, np.int64))
+        begins = isinstance(row, Conversation) or len(ids) == 0 or ids[: len(first)].tolist() == first
         whole = (ids if begins else np.concatenate([first, ids])).astype(np.int32)
         found.append((whole[:longest], longest is not None and len(whole) > longest))
     return found

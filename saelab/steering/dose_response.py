@@ -38,6 +38,7 @@ from saelab.interventions.directions import Direction
 from saelab.interventions.interventions import Intervention, Mode, TokenSelection, TokenSelector, Unit
 from saelab.interventions.steering_hooks import steer_all
 from saelab.lm.continuations import Continuations, read_continuations
+from saelab.lm.conversations import Prompts
 from saelab.lm.documents import list_prompts
 from saelab.lm.generation import SAMPLING, Generated, Generation, SamplingConfig, generate
 from saelab.lm.model_checks import Model
@@ -261,7 +262,7 @@ def steering_curve(
     model: Model,
     sources: Mapping[str, SteeringSource],
     concept: ConceptLike,
-    prompts: str | Sequence[str],
+    prompts: Prompts,
     *,
     strengths: Sequence[float | int] | Mapping[str, Sequence[float | int]] | None = None,
     unit: Unit = "norm",

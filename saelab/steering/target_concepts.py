@@ -76,7 +76,7 @@ def make_concepts(
             found.append(ScoredConcept(name or getattr(target, "__name__", "score"), target))
         else:
             reads = reads or _read_vocabulary(model)
-            words = [word for part in list_prompts(target, "Words") for word in part.split(",")]
+            words = [word for part in list_prompts(target, "Words", conversations=False) for word in part.split(",")]
             found.append(_gather(model, reads, [word.strip() for word in words if word.strip()], name, first_token))
     return found
 

@@ -14,6 +14,7 @@ from saelab.functional.metrics import kl_divergence
 from saelab.interventions.interventions import Intervention
 from saelab.interventions.steering_hooks import steer_all
 from saelab.lm.continuations import Continuations, read_continuations
+from saelab.lm.conversations import Prompts
 from saelab.lm.generation import SAMPLING, Generated, SamplingConfig, generate
 from saelab.lm.model_checks import Model
 from saelab.lm.tokenizers import spell
@@ -101,7 +102,7 @@ class GenerationComparison(Result):
 def compare_generations(
     model: Model,
     interventions: Intervention | Sequence[Intervention] | Mapping[str, Intervention | Sequence[Intervention]],
-    prompts: str | Sequence[str],
+    prompts: Prompts,
     n_tokens: int = 50,
     *,
     n: int = 1,
@@ -116,7 +117,7 @@ def compare_generations(
         model: language model.
         interventions: one or several applied together; or a mapping, whose names each give texts of their own, such as
             one for each sign.
-        prompts: one or several texts to continue.
+        prompts: one or several texts or conversations to continue.
         n_tokens: most tokens generated for each text.
         n: texts for each prompt.
         seed: seed of the sampling; the same for all texts compared.

@@ -7,6 +7,7 @@ from saelab._lazy import attach
 if TYPE_CHECKING:
     from saelab.stores.activations import ActivationPairs as ActivationPairs, Activations as Activations
     from saelab.stores.corpus import Places as Places, Spelling as Spelling, StoredText as StoredText
+    from saelab.stores.feature_names import FeatureNames as FeatureNames, LabelSource as LabelSource
     from saelab.stores.feature_statistics import FeatureStatistics as FeatureStatistics
     from saelab.stores.feature_store import Feature as Feature, FeatureStore as FeatureStore, Firings as Firings
     from saelab.stores.joined import JoinedSource as JoinedSource

@@ -3,6 +3,7 @@
 import html
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import asdict, is_dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -12,6 +13,11 @@ from saelab.stores.files import write_json
 
 T = TypeVar("T")
 _drawings: dict[type, Callable[[Any], str]] = {}
+DRAWN_IN = tuple(
+    f"saelab.visualization.{name}"
+    for name in ("feature_cards", "graph_page", "intervention_plots", "universality_plots")
+)
+"""modules that register drawings, by name: they are on a higher floor, and imported when something is first drawn"""
 
 
 def register_drawing(kind: type[T], draw: Callable[[T], str]) -> None:
@@ -30,6 +36,8 @@ class Drawn:
     """Base of objects that are displayed in Jupyter: by their registered drawing, else as their text."""
 
     def _repr_html_(self) -> str:
+        for module in DRAWN_IN:
+            import_module(module)
         draw = _drawings.get(type(self))
         return draw(self) if draw else f"<pre>{html.escape(str(self))}</pre>"
 

@@ -1,4 +1,4 @@
-"""Feature cards as HTML, for Jupyter and the report."""
+"""Feature cards, and the features of texts, as HTML for Jupyter and the report."""
 
 import math
 from collections.abc import Iterable, Sequence
@@ -6,15 +6,18 @@ from functools import lru_cache
 
 from saelab.analysis.dashboard import FeatureCard, FeatureSide, describe_feature
 from saelab.analysis.max_activating import Example, ExampleGroup
+from saelab.analysis.text_features import ReadFeature, TextFeatures
 from saelab.labels.label import MARKS, Label, describe_origin, join_texts
 from saelab.labels.label_store import LabelStore
 from saelab.stores.feature_store import Feature
 from saelab.stores.results import register_drawing
-from saelab.visualization.html import escape, read_asset
+from saelab.visualization.html import escape, read_asset, table
 
 STRONGEST = 0.75  # opacity of the largest code: the text stays readable on it
 WIDTH, HEIGHT, FOOT = 300, 96, 14  # of the histogram, in its own units
 SHOWN_OPEN = ("top",)
+READ_TOKENS, READ_FEATURES, READ_EACH = 2_000, 20, 8
+"""drawn of texts: tokens, rows of the table, and features that a token's title lists"""
 
 
 def draw_card(card: FeatureCard, labels: Sequence[Label] = (), below: str = "") -> str:
@@ -190,3 +193,48 @@ def _draw_feature(feature: Feature) -> str:
 
 
 register_drawing(Feature, _draw_feature)
+
+
+def draw_texts(found: TextFeatures) -> str:
+    """Texts whose tokens are colored by their code of largest |z|, with their features as titles, over a table of the
+    features that fire; all text is escaped.
+    """
+    n = min(len(found.tokens), READ_TOKENS)
+    scale = max((abs(codes[0][1]) for codes in found.by_token[:n] if codes), default=0.0)
+    texts: list[list[str]] = [[] for _ in range(len(found))]
+    for i in range(n):
+        texts[int(found.text_ids[i])].append(_read_token(found, i, scale))
+    windows = "".join(
+        f'<li><span>{i}</span><div class="win">{"".join(text)}</div></li>' for i, text in enumerate(texts) if text
+    )
+    more = f'<p class="dim">... and {len(found.tokens) - n:,} more tokens</p>' if n < len(found.tokens) else ""
+    fired = f"{len(found.features):,} features fire, L0 {found.l0:.3g}"
+    said = (
+        f"{len(found.tokens):,} tokens at {found.hook_point}, {fired}; "
+        "colored by the code of largest |z|, orange positive, blue negative; point at a token for its features."
+    )
+    rows = [_read_row(row) for row in found.features[:READ_FEATURES]]
+    listed = table(("feature", "peak", "at", "tokens", "texts", "name"), rows)
+    inside = f'<p class="dim">{escape(said)}</p><ol>{windows}</ol>{more}{listed}'
+    return f'{style_card()}<article class="fcard">{inside}</article>'
+
+
+def _read_token(found: TextFeatures, i: int, scale: float) -> str:
+    codes = found.by_token[i]
+    if not codes or scale <= 0:
+        return f'<i class="dim">{show_text(found.tokens[i])}</i>' if not found.kept[i] else _silent(found.tokens[i])
+    listed = [f"{f} {z:+.3g} {found.name(f, z)}".rstrip() for f, z in codes[:READ_EACH]]
+    if len(codes) > READ_EACH:
+        listed.append(f"and {len(codes) - READ_EACH} more")
+    z = codes[0][1]
+    title, alpha = escape("\n".join(listed)), STRONGEST * min(1.0, abs(z) / scale)
+    kind = "p" if z > 0 else "m"
+    return f'<b class="{kind}" style="--a:{alpha:.2f}" title="{title}">{show_text(found.tokens[i])}</b>'
+
+
+def _read_row(row: ReadFeature) -> tuple[str, ...]:
+    place = f"{row.token!r} ({row.text}:{row.position})"
+    return str(row.feature), f"{row.peak:+.3g}", place, f"{row.n_tokens:,}", f"{row.n_texts:,}", row.name
+
+
+register_drawing(TextFeatures, draw_texts)

@@ -103,7 +103,8 @@ def test_splits_and_missing_columns_are_named() -> None:
         ({"text": "one"}, "Put a single row into a list"),
         (5, "got int. Give a list"),
         ([["two", "words"]], "Join its words"),
-        ([[{"role": "user", "content": "Hi"}]], "apply_chat_template"),
+        ([[{"role": "user", "content": "Hi"}]], "needs a tokenizer with a chat template"),
+        ([[{"content": "Hi"}]], "needs a role"),
         (["one", None], "NoneType at item 1. Leave rows without text out"),
         (["one", float("nan")], "float at item 1"),
         (torch.tensor([1, 2]), "Put a single row of token ids into a list"),
@@ -191,7 +192,7 @@ def test_prompts_are_texts_not_keys() -> None:
         with pytest.raises(TypeError, match="list of texts"):
             list_prompts(wrong)
     with pytest.raises(TypeError, match="must be texts, got a dict among them"):
-        list_prompts([{"role": "user", "content": "One"}])
+        list_prompts([{"content": "One"}])
 
 
 def test_bars_are_hidden_by_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:

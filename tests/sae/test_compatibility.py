@@ -129,6 +129,7 @@ CALLS: dict[str, Callable] = {
         )
     ),
     "erase_concept": ablate_concept,
+    "read": lambda at, **how: sl.read(at.sae, at.model, "One", **QUIET, **how),
     "attribute": lambda at, **how: sl.interventions.attribute(at.model, at.sae, "One", "e", **QUIET, **how),
     "describe_prompt": lambda at: sl.explorer.describe_prompt(
         at.sae, at.model, at.store, PromptQuery(text="One"), lambda features: {}

@@ -9,7 +9,6 @@ if TYPE_CHECKING:
         Answer as Answer,
         Client as Client,
         LocalClient as LocalClient,
-        Messages as Messages,
         OpenAIClient as OpenAIClient,
     )
     from saelab.labels.autointerp.example_windows import (

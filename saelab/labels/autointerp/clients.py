@@ -2,16 +2,14 @@
 
 import os
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeAlias, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
+from saelab.lm.conversations import Messages
 from saelab.lm.generation import answer
 from saelab.lm.model_checks import Model
 from saelab.stores.files import find_secrets, hide_password, shareable
-
-Messages: TypeAlias = Sequence[Mapping[str, str]]
-"""A conversation: messages with "role" (user or assistant) and "content"."""
 
 HOPELESS = (401, 403, 404)
 """HTTP errors that no other prompt would avoid: wrong key, missing rights, unknown model."""

@@ -7,9 +7,9 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from saelab.analysis.max_activating import Example
-from saelab.labels.autointerp.clients import Messages
 from saelab.labels.autointerp.example_windows import LEVELS, FeatureExamplesSplit
 from saelab.labels.label import BOTH
+from saelab.lm.conversations import Messages
 
 N_WORDS = 12
 """words requested"""

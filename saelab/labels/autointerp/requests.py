@@ -12,8 +12,9 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
-from saelab.labels.autointerp.clients import Answer, Client, Messages, NotAnswered, RetryLater, Waiting
+from saelab.labels.autointerp.clients import Answer, Client, NotAnswered, RetryLater, Waiting
 from saelab.labels.autointerp.response_cache import AnswerLog, OfflineClient, make_key
+from saelab.lm.conversations import Messages
 from saelab.stores.jobs import DeferredInterrupt, hidden
 from saelab.stores.results import Result
 from saelab.training.ranks import ALONE, RankGrid

@@ -15,7 +15,8 @@ from glob import escape
 from pathlib import Path
 from typing import Any
 
-from saelab.labels.autointerp.clients import Answer, Messages, Waiting
+from saelab.labels.autointerp.clients import Answer, Waiting
+from saelab.lm.conversations import Messages
 from saelab.stores.files import write_atomic
 from saelab.stores.jobs import explained
 from saelab.stores.results import Result
