@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-LEAST_WEIGHTS = 2**19
+LEAST_WEIGHTS = 2**16
 """below this number of weights PyTorch's operations take about as long"""
 PARTS = 4
 """of a range for each thread"""

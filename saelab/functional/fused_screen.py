@@ -45,20 +45,21 @@ ALIGNMENT = 64  # bytes of a register
 
 def can_fuse() -> bool:
     """Whether the kernels can run here: numba is installed, and the processor has AVX512-VNNI."""
-    return numba is not None and _has_instruction()
+    return has_features("avx512vnni", "avx512bw", "avx512vl")
 
 
 @functools.cache
-def _has_instruction() -> bool:
-    """Whether Numba compiles for a processor with `vpdpbusd` on 512 bits; it may be told to compile for another."""
+def has_features(*names: str) -> bool:
+    """Whether Numba, if it is installed, compiles for a processor with these; it may be told to compile for another."""
+    if numba is None:
+        return False
     features: str | None = getattr(numba.core.config, "CPU_FEATURES", None)
     if features is None:
         import llvmlite.binding  # type: ignore[import-not-found,import-untyped,unused-ignore]
 
-        return all(
-            llvmlite.binding.get_host_cpu_features().get(name) for name in ("avx512vnni", "avx512bw", "avx512vl")
-        )
-    return "+avx512vnni" in features.split(",")
+        known = llvmlite.binding.get_host_cpu_features()
+        return all(known.get(name) for name in names)
+    return all(f"+{name}" in features.split(",") for name in names)
 
 
 @no_type_check
@@ -224,7 +225,7 @@ def _pack_rows(x, scale, first, last, packed, step, start):
 
 @kernel(COMPARISONS)
 @no_type_check
-def _keep_best(sizes, names, n_found, n):
+def keep_best(sizes, names, n_found, n):
     """Move the n largest of the first n_found sizes to the front; the smallest of them."""
     low, high = sizes[0], sizes[0]
     for i in range(n_found):
@@ -307,12 +308,12 @@ def _scan(x, start, inverse, w, step, bias, n_latents, n, signed, first, last, s
                                 sizes[r, count], names[r, count] = size, latent
                             count += 1
                             if count == room and n > 0:
-                                threshold[r] = _keep_best(sizes[r], names[r], count, n)
+                                threshold[r] = keep_best(sizes[r], names[r], count, n)
                                 count = n
                     counts[r] = count
         for row in range(chunk * ROWS, min(last, chunk + SCAN_ROWS // ROWS) * ROWS):
             if n > 0 and counts[row] > n:
-                threshold[row] = _keep_best(sizes[row], names[row], counts[row], n)
+                threshold[row] = keep_best(sizes[row], names[row], counts[row], n)
 
 
 def _aligned(name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:

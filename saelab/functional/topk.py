@@ -21,6 +21,7 @@ from torch import Tensor
 
 from saelab.functional.activation_functions import keep_places
 from saelab.functional.codes import SparseCodes
+from saelab.functional.compiled import use_numba
 from saelab.functional.rescoring import bound_error, bound_rounding, score
 from saelab.functional.screening import Precision, Screen, first_largest, largest_first
 from saelab.functional.threshold_search import DENSE_WIDTH, is_fused, screening_precision, search_above
@@ -29,6 +30,8 @@ WIDE = 2**15  # latents from which on directions are looked for in which the act
 MAX_UNSURE = 0.1  # of the rows may be searched again in float32; with more, another screen costs less
 BLOCK = 8  # entries of a dense row's block: the maxima of blocks are compared first
 SAMPLE = 16  # times k latents are computed first: k of these usually exceed a latent of average size
+MOST_EXACT = 2**19  # weights up to which float32 costs no more than a screen and recomputing its candidates
+MOST_SORTED = 128  # latents kept in a row: more are not sorted one by one
 PART = 2**22  # pre-activations held at a time
 
 
@@ -245,6 +248,8 @@ def search_topk(
     tensor([-3.])
     """
     d_sae = len(W)
+    if precision is None and _is_exact(W, k):
+        return _keep_firing(*_exact_topk(x, W, bias, k, signed), signed, d_sae)
     screen = _make_screen(x, W, bias, signed, precision)
     if screen is None:
         return _keep_firing(*_dense_topk(x, W, bias, k, signed), signed, d_sae)
@@ -302,6 +307,29 @@ def _make_screen(x: Tensor, W: Tensor, bias: Tensor, signed: bool, precision: Pr
     return Screen(W, bias, precision, signed, like=x)
 
 
+def _is_exact(W: Tensor, k: int) -> bool:
+    """Whether the largest are taken from a compiled product in float32, which decides by the weights alone."""
+    few = k <= MOST_SORTED and 4 * k <= len(W)
+    return few and (W.numel() <= MOST_EXACT or len(W) < DENSE_WIDTH) and use_numba(W)
+
+
+def _exact_topk(x: Tensor, W: Tensor, bias: Tensor, k: int, signed: bool) -> tuple[Tensor, Tensor]:
+    """Latents and values of each row's k largest, by `ExactSearch`; what is too close to decide is recomputed."""
+    from saelab.functional.exact_search import ExactSearch
+
+    values, indices, found = ExactSearch(W, bias, signed).top(x, k + 1)
+    size = values.abs() if signed else values
+    last, next_one, slack = size[:, k - 1], size[:, k], 2 * bound_rounding(x, W, bias)
+    # a slack that is not finite makes nothing sure: of such rows NaN would be the largest
+    sure = (last - next_one > slack) | (last < -slack) | ((last == 0) & slack.isfinite())
+    again = (~sure | (found <= k)).nonzero()[:, 0]
+    values, indices = values[:, :k], indices[:, :k]
+    if len(again):
+        indices[again], _ = _dense_topk(x[again], W, bias, k, signed)
+        values[again] = score(x, W, bias, again.repeat_interleave(k), indices[again].flatten()).view(-1, k)
+    return indices, values
+
+
 def _dense_topk(x: Tensor, W: Tensor, bias: Tensor, k: int, signed: bool) -> tuple[Tensor, Tensor]:
     """Latents and values of each row's k largest, from the dense product, 256 rows at a time."""
     indices = torch.empty(len(x), k, dtype=torch.int64, device=x.device)
@@ -325,6 +353,10 @@ def _dense_topk(x: Tensor, W: Tensor, bias: Tensor, k: int, signed: bool) -> tup
 
 def _keep_firing(indices: Tensor, values: Tensor, signed: bool, d_sae: int) -> SparseCodes:
     """Compress (n_rows, k) codes, dropping zeros and, unless signed, negative ones."""
+    n, k = values.shape
+    if bool((values != 0 if signed else values > 0).all()):
+        rows, offsets = torch.arange(n, device=values.device), torch.arange(n + 1, device=values.device) * k
+        return SparseCodes(indices.flatten(), values.flatten(), rows.repeat_interleave(k), offsets, d_sae, (n,))
     rows, place = ((values != 0) if signed else (values > 0)).nonzero(as_tuple=True)
     return SparseCodes.from_rows(indices[rows, place], values[rows, place], rows, (len(values), d_sae))
 

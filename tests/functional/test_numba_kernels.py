@@ -35,7 +35,7 @@ def draw_entries(n_groups: int = 1, seed: int = 1) -> tuple[torch.Tensor, Entrie
 
 
 def test_large_plain_weights_alone_are_for_kernels(monkeypatch):
-    large = torch.empty(2**10, 2**9)
+    large = torch.empty(2**8, 2**8)
     assert use_numba(large) == has_numba()
     assert not use_numba(large[:-1])
     assert not use_numba(large.double()) and not use_numba(large.T) and not use_numba(large, large.T)
