@@ -225,6 +225,12 @@ class _Ablation:
         progress: bool,
     ) -> "_Ablation":
         placement = place_dictionaries(model, transcoders, allow_missing=True, allow_mismatch=allow_mismatch)
+        if any(one.later for one in placement.dictionaries):
+            raise ValueError(
+                "`transcoders` must each write to one layer to be validated, got a cross-layer transcoder: what its "
+                "features write at later layers may be what the model's own MLPs do with what they write at the first, "
+                "and would be taken away twice."
+            )
         points = tuple(one.write for one in placement.dictionaries)
         if points != graph.dictionaries:
             raise ValueError(f"The dictionaries must be the graph's, {list(graph.dictionaries)}, got {list(points)}.")

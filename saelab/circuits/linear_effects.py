@@ -1,7 +1,7 @@
 """`LinearEffects`: what each source of a prompt adds to each target, in a model whose patterns and norms are frozen."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property, partial
 
 import numpy as np
@@ -45,6 +45,12 @@ class Written:
     """codes; 1 for other kinds"""
     vectors: Float[Tensor, "n_sources d"]
     """what each source writes"""
+    later: Mapping[str, Float[Tensor, "n_sources d"]] = field(default_factory=dict)
+    """what features of a cross-layer transcoder write at later hook points; 0 for other sources"""
+
+    def at(self, point: str) -> Float[Tensor, "n_sources d"] | None:
+        """What each source writes at a hook point; None where none does."""
+        return self.vectors if point == self.point else self.later.get(point)
 
     @property
     def counts(self) -> list[int]:
@@ -62,10 +68,11 @@ def read_written(model: Model, ids: Int[Tensor, "1 n"], placement: Placement) ->
     names += [name for _, name in placement.uncovered]
     acts = {name: x[0] for name, x in capture(model, ids, names, stop=False).items()}
     for one in placement.dictionaries:
-        for name, width in ((one.read, one.sae.cfg.d_in), (one.write, one.sae.cfg.d_target)):
+        for name, width in ((one.read, one.sae.cfg.d_in), (one.write, one.width)):
             if acts[name].shape[-1] != width:
                 raise ValueError(f"A dictionary must fit '{name}', of width {acts[name].shape[-1]}, got {width}.")
-    found = [_write_parts(one, acts[one.read], acts[one.write]) for one in placement.dictionaries]
+    others: dict[str, Tensor] = {}  # what earlier layers of a cross-layer transcoder write
+    found = [_write_parts(one, acts[one.read], acts[one.write], others) for one in placement.dictionaries]
     found += [_write_whole(name, layer, acts[name], ERROR) for layer, name in placement.uncovered]
     mlp = PARTS.index("MLP")
     found.sort(key=lambda one: (one.layer, PARTS.index(one.dictionary.place.part) if one.dictionary else mlp))
@@ -87,14 +94,29 @@ def _write_whole(point: str, layer: int, x: Float[Tensor, "n d"], kind: int) -> 
     )
 
 
-def _write_parts(one: PlacedDictionary, x: Float[Tensor, "n d_in"], y: Float[Tensor, "n d_out"]) -> Written:
-    """Features, errors and biases of the activations `y`, encoded from `x`."""
+def _write_parts(
+    one: PlacedDictionary, x: Float[Tensor, "n d_in"], y: Float[Tensor, "n d_out"], others: dict[str, Tensor]
+) -> Written:
+    """Features, errors and biases of the activations `y`, encoded from `x`.
+
+    Args:
+        one: the dictionary.
+        x: what it reads.
+        y: what the model computes where it writes.
+        others: what earlier layers of the same cross-layer transcoder write, by hook point; what this one writes is
+            added.
+    """
     sae, device = one.sae, y.device
     x, target = x.to(sae.W_dec), y.to(sae.W_dec)
     codes, skip, scale = sae.encode_sparse(x), one.skip(x, sae.center(x)), sae.output_scale(x)
-    bias = sae.finish_decoding(torch.zeros_like(target), x) - (0 if skip is None else skip)
+    zeros = target.new_zeros(len(y), sae.cfg.d_target)
+    bias = (sae.finish_decoding(zeros, x) - (0 if skip is None else skip))[:, : one.width]
     scales = scale[codes.rows] if isinstance(scale, Tensor) else scale
-    written = codes.values[:, None] * scales * sae.directions()[codes.indices]
+    written, *later = (codes.values[:, None] * scales * sae.directions()[codes.indices]).split(one.width, dim=1)
+    made, *beyond = sae.decode(codes, x=x).split(one.width, dim=1)
+    error = target - made - others.get(one.write, 0)
+    for point, part in zip(one.later, beyond, strict=True):
+        others[point] = others.get(point, 0) + part
     each = torch.arange(len(y), device=sae.device)
     positions = torch.cat([codes.rows, each, each])
     order = positions.argsort(stable=True)
@@ -110,7 +132,11 @@ def _write_parts(one: PlacedDictionary, x: Float[Tensor, "n d_in"], y: Float[Ten
         kinds=kinds.repeat_interleave(counts)[order].to(device),
         features=torch.cat([codes.indices.long(), -rest.long()])[order].to(device),
         z=torch.cat([codes.values.float(), rest])[order].to(device),
-        vectors=torch.cat([written, target - sae.decode(codes, x=x), bias])[order].float().to(device),
+        vectors=torch.cat([written, error, bias])[order].float().to(device),
+        later={
+            point: torch.cat([part, zeros[:, : one.width], zeros[:, : one.width]])[order].float().to(device)
+            for point, part in zip(one.later, later, strict=True)
+        },
     )
 
 
@@ -238,10 +264,11 @@ class LinearEffects:
             output, self.leaves[:last], rows, retain_graph=True, allow_unused=True, is_grads_batched=True
         )
         found = np.zeros((len(rows), self.starts[-1]), np.float32)
-        for start, one, grad in zip(self.starts, self.written, grads, strict=False):
-            if grad is not None:
-                products = [grad[:, p].float() @ of.T for p, of in enumerate(one.vectors.split(one.counts))]
-                found[:, start : start + len(one.positions)] = torch.cat(products, 1).cpu().numpy()
+        for i, (place, grad) in enumerate(zip(self.written, grads, strict=False)):
+            for start, one in zip(self.starts, self.written[: i + 1], strict=False):
+                if grad is not None and (vectors := one.at(place.point)) is not None:
+                    products = [grad[:, p].float() @ of.T for p, of in enumerate(vectors.split(one.counts))]
+                    found[:, start : start + len(one.positions)] += torch.cat(products, 1).cpu().numpy()
         return found
 
     def start(self, targets: Targets) -> tuple[Tensor, Tensor]:

@@ -2,20 +2,30 @@
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Literal, TypeAlias
+from dataclasses import dataclass, replace
+from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor
 
 from saelab.lm.hook_points import hook_points_of
 from saelab.lm.model_checks import Model
+from saelab.sae.clt import CLT
 from saelab.sae.compatibility import match_places, require_threshold
 from saelab.sae.encoders import PursuitEncoder, Refined
 from saelab.sae.sae import SAE
 
-Dictionaries: TypeAlias = SAE | Sequence[SAE] | Mapping[str, SAE] | Mapping[tuple[str, str], SAE]
-"""Transcoders and SAEs; or by the hook point of each, (input, target) of a transcoder"""
+Dictionaries: TypeAlias = (
+    SAE
+    | CLT
+    | Sequence[SAE | CLT]
+    | Mapping[str, SAE]
+    | Mapping[tuple[str, str], SAE]
+    | Mapping[tuple[tuple[str, str], ...], CLT]
+)
+"""Transcoders and SAEs; or by the hook point of each, (input, target) of a transcoder, and of a cross-layer transcoder
+one such pair for each of its layers
+"""
 Part = Literal["input", "attention", "middle", "MLP", "output"]
 PARTS: tuple[Part, ...] = ("input", "attention", "middle", "MLP", "output")
 """of a block, in the order in which it computes them"""
@@ -61,6 +71,13 @@ class PlacedDictionary:
     write: str
     place: BlockPlace
     """of what it writes"""
+    later: tuple[str, ...] = ()
+    """hook points that features of a cross-layer transcoder's layer write to besides: `sae` has them side by side"""
+
+    @property
+    def width(self) -> int:
+        """Width of what it writes at one hook point."""
+        return self.sae.cfg.d_target // (1 + len(self.later))
 
     def find_slopes(self, u: Tensor, latents: Tensor) -> Tensor:
         """Derivative of the codes of active latents by their pre-activations: 1, unless the activation bends them."""
@@ -98,7 +115,7 @@ def place_dictionaries(
 
     Args:
         model: the language model.
-        given: transcoders and SAEs, or by hook point.
+        given: transcoders, also cross-layer ones, and SAEs, or by hook point.
         allow_missing: accept layers whose MLP no transcoder replaces.
         allow_mismatch: accept dictionaries of another model, weight processing or hook point.
 
@@ -107,7 +124,10 @@ def place_dictionaries(
             layers without a transcoder, another model or other weights, an encoder that is not one linear map, and a
             width that is not the model's.
     """
-    found = [_place(model, sae, names, allow_mismatch) for sae, names in _list_given(given)]
+    found: list[PlacedDictionary] = []
+    for one, names in _list_given(given):
+        placed = _place_layers if isinstance(one, CLT) else _place
+        found += placed(model, one, names, allow_mismatch)  # type: ignore[operator]
     points = hook_points_of(model).points
     for i, one in enumerate(found):
         if any(points[one.write] is points[other.write] for other in found[:i]):
@@ -124,21 +144,44 @@ def place_dictionaries(
     return Placement(tuple(found), tuple(others), f"{stack}.0.hook_in")
 
 
-def _list_given(given: Dictionaries) -> list[tuple[SAE, str | tuple[str, str] | None]]:
-    if isinstance(given, SAE):
+def _list_given(given: Dictionaries) -> list[tuple[SAE | CLT, Any]]:
+    if isinstance(given, SAE | CLT):
         return [(given, None)]
     if isinstance(given, Mapping):
-        pairs: list[tuple[SAE, str | tuple[str, str] | None]] = [(sae, name) for name, sae in given.items()]
+        pairs: list[tuple[SAE | CLT, Any]] = [(sae, name) for name, sae in given.items()]
     else:
         pairs = [(sae, None) for sae in given]
     if not pairs:
         raise ValueError("`transcoders` must hold at least one, got none.")
-    if wrong := [sae for sae, _ in pairs if not isinstance(sae, SAE)]:
+    if wrong := [sae for sae, _ in pairs if not isinstance(sae, SAE | CLT)]:
         raise ValueError(f"`transcoders` must be SAEs, got a {type(wrong[0]).__name__}; load it: SAE.from_pretrained.")
     return pairs
 
 
-def _place(model: Model, sae: SAE, names: str | tuple[str, str] | None, allow_mismatch: bool) -> PlacedDictionary:
+def _place_layers(
+    model: Model, clt: CLT, names: tuple[tuple[str, str], ...] | None, allow_mismatch: bool
+) -> list[PlacedDictionary]:
+    """Each layer of a cross-layer transcoder; ValueError for other layers than it has, in another order."""
+    places = clt.places if names is None else names
+    n = clt.cfg.n_layers
+    if places is None:
+        raise ValueError(
+            "A cross-layer transcoder without provenance must be given with its hook points, as {((input, target), "
+            "...): clt} with a pair for each layer."
+        )
+    if len(places) != n or not all(isinstance(pair, tuple) and len(pair) == 2 for pair in places):
+        raise ValueError(f"A cross-layer transcoder must have (input, target) for each of {n} layers, got {places}.")
+    found = []
+    for i, pair in enumerate(places):
+        (own,) = _place(model, clt.layer(i, writes=i), pair, allow_mismatch)
+        found.append(replace(own, sae=clt.layer(i), later=tuple(target for _, target in places[i + 1 :])))
+    order = [one.place.layer for one in found]
+    if order != sorted(set(order)) or len({(one.place.stack, one.place.part) for one in found}) > 1:
+        raise ValueError(f"Layers of a cross-layer transcoder must be in the order of the model, got {places}.")
+    return found
+
+
+def _place(model: Model, sae: SAE, names: str | tuple[str, str] | None, allow_mismatch: bool) -> list[PlacedDictionary]:
     places = match_places(sae, model, names, allow_mismatch)
     require_threshold(sae)
     if isinstance(sae.cfg.encoder, PursuitEncoder | Refined):
@@ -168,7 +211,7 @@ def _place(model: Model, sae: SAE, names: str | tuple[str, str] | None, allow_mi
             raise ValueError(
                 f"A dictionary at '{name}' must have the model's width ({model.cfg.d_model}) there, got {width}."
             )
-    return PlacedDictionary(sae, read, write, end)
+    return [PlacedDictionary(sae, read, write, end)]
 
 
 def _has_model_width(name: str, place: BlockPlace) -> bool:

@@ -63,8 +63,10 @@ def trace(
 
     Args:
         model: the language model.
-        transcoders: transcoders of MLPs, and SAEs of attention outputs or of the residual stream; one, several, or by
-            hook point ((input, target) of a transcoder) where their provenance does not have it.
+        transcoders: transcoders of MLPs, each of one layer or a cross-layer one (`sl.sae.CLT`), and SAEs of attention
+            outputs or of the residual stream; one, several, or by hook point ((input, target) of a transcoder, a tuple
+            of such pairs of a cross-layer one) where their provenance does not have it. A feature of a cross-layer
+            transcoder is one node, whose edges have what it writes at all layers before the target.
         prompt: a text, which gets a BOS, or token ids.
         targets: "top" (most probable next tokens, up to a probability of .95 together and at most 10), a token or its
             id, several of them, or a feature as (hook point that its dictionary writes to, feature, position).

@@ -7,7 +7,7 @@ row starts with. Decoding and the gradients of a training step are built from tw
     sampled_dot   out[e] = < left[rows[e]], table[indices[e]] >                         (dense x dense, at the entries)
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -26,28 +26,54 @@ from saelab.functional.sparse_products import (
 from saelab.functional.triton_choice import add_residuals, subtract_parts
 
 
+def _differentiate_decoding(
+    needs: tuple[bool, bool],
+    values: Tensor,
+    W_dec: Tensor,
+    entries: Entries,
+    grad: Tensor,
+    memory: GradientMemory | None,
+) -> tuple[Tensor | None, Tensor | None]:
+    """Gradients of values and W_dec from that of the decoded rows, as far as they are needed: W_dec's may be kept."""
+    grad_values = grad_W = None
+    kept = memory.keep(entries, values, grad, W_dec) if memory and needs[1] else None
+    if kept and needs[0] and entries.order is not None:
+        grad_values = kept.sampled_dot(W_dec, entries.order)
+    elif all(needs) and use_numba(W_dec, grad):
+        from saelab.functional import numba_kernels
+
+        assert entries.columns is not None
+        spare = memory.pop() if memory else None
+        grad_W = torch.empty_like(W_dec) if spare is None else spare
+        grad_values = numba_kernels.decode_gradients(entries.rows, entries.columns, values, grad, W_dec, grad_W)
+    else:
+        if needs[0]:
+            grad_values = sampled_dot(entries.rows, entries.indices, grad, W_dec, entries.order)
+        if needs[1] and not kept:
+            grad_W = weight_gradient(entries, values, grad, len(W_dec), memory)
+    return grad_values, grad_W
+
+
 class _Decode(torch.autograd.Function):
     """z W_dec from compressed rows; the gradients touch the entries only."""
 
     @staticmethod
-    def forward(ctx: Any, values: Tensor, W_dec: Tensor, entries: Entries) -> Tensor:
+    def forward(ctx: Any, values: Tensor, W_dec: Tensor, entries: Entries, memory: GradientMemory | None) -> Tensor:
         ctx.save_for_backward(values, W_dec)
         ctx.entries = entries
+        ctx.memory = memory
         return gather_sum(entries[0], values, entries[2], W_dec)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         values, W_dec = ctx.saved_tensors
         entries: Entries = ctx.entries.with_columns(len(W_dec))
-        grad = grad.contiguous()
-        grad_values = None
-        if ctx.needs_input_grad[0]:
-            grad_values = sampled_dot(entries.rows, entries.indices, grad, W_dec, entries.order)
-        grad_W = weight_gradient(entries, values, grad, len(W_dec)) if ctx.needs_input_grad[1] else None
-        return grad_values, grad_W, None
+        needs = ctx.needs_input_grad[:2]
+        grads = _differentiate_decoding(needs, values, W_dec, entries, grad.contiguous(), ctx.memory)
+        return *grads, None, None
 
 
-_decode: Callable[[Tensor, Tensor, Entries], Tensor] = _Decode.apply
+_decode: Callable[[Tensor, Tensor, Entries, GradientMemory | None], Tensor] = _Decode.apply
 
 
 class _NestedDecode(torch.autograd.Function):
@@ -99,24 +125,8 @@ class _NestedDecode(torch.autograd.Function):
         else:
             each = torch.cat([residuals[:-1] - residuals[1:], residuals[-1:]]) if ctx.summed else residuals
             grad_parts = add_residuals(each, grad)
-        flat = grad_parts.view(-1, W_dec.shape[1])
-        grad_values = grad_W = None
-        memory: GradientMemory | None = ctx.memory
-        kept = memory.keep(entries, values, flat, W_dec) if memory and ctx.needs_input_grad[1] else None
-        if kept and ctx.needs_input_grad[0] and entries.order is not None:
-            grad_values = kept.sampled_dot(W_dec, entries.order)
-        elif ctx.needs_input_grad[0] and ctx.needs_input_grad[1] and use_numba(W_dec, flat):
-            from saelab.functional import numba_kernels
-
-            assert entries.columns is not None
-            spare = memory.pop() if memory else None
-            grad_W = torch.empty_like(W_dec) if spare is None else spare
-            grad_values = numba_kernels.decode_gradients(entries.rows, entries.columns, values, flat, W_dec, grad_W)
-        else:
-            if ctx.needs_input_grad[0]:
-                grad_values = sampled_dot(entries.rows, entries.indices, flat, W_dec, entries.order)
-            if ctx.needs_input_grad[1] and not kept:
-                grad_W = weight_gradient(entries, values, flat, len(W_dec), memory)
+        flat, needs = grad_parts.view(-1, W_dec.shape[1]), ctx.needs_input_grad[:2]
+        grad_values, grad_W = _differentiate_decoding(needs, values, W_dec, entries, flat, ctx.memory)
         grad_x = -grad_parts[0] if ctx.needs_input_grad[2] else None
         grad_b = grad_parts[0].sum(0)
         if scale is not None:
@@ -206,7 +216,70 @@ def sparse_decode(
     >>> sparse_decode(one, torch.eye(2), torch.tensor([1]), torch.tensor([0]), torch.tensor([0, 1]))
     tensor([[0., 1.]])
     """
-    return _decode(values, W_dec, Entries(indices, rows, offsets))
+    return _decode(values, W_dec, Entries(indices, rows, offsets), None)
+
+
+def decode_entries(
+    values: Float[Tensor, "nnz"],
+    W_dec: Float[Tensor, "d_sae d_in"],
+    entries: Entries,
+    memory: GradientMemory | None = None,
+) -> Float[Tensor, "n_rows d_in"]:
+    """`sparse_decode` at entries whose columns may be known, with memory for W_dec's gradient.
+
+    Args:
+        values: the non-zero codes.
+        W_dec: decoder, one row per latent.
+        entries: positions of the codes.
+        memory: takes the gradient of W_dec, or gives the memory for it.
+    """
+    return _decode(values, W_dec, entries, memory)
+
+
+class _WeightedError(torch.autograd.Function):
+    """Weighted squared error of parts that each cover the columns from one on."""
+
+    @staticmethod
+    def forward(ctx: Any, target: Tensor, weights: Tensor, starts: list[int], *parts: Tensor) -> tuple[Tensor, Tensor]:
+        residual = target.clone()
+        for start, part in zip(starts, parts, strict=True):
+            residual[:, start:] -= part
+        weighted = residual * weights
+        ctx.save_for_backward(weighted)
+        ctx.starts = starts
+        ctx.mark_non_differentiable(residual)
+        return torch.linalg.vecdot(weighted, residual).sum(), residual
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        (weighted,) = ctx.saved_tensors
+        each = -2 * grad * weighted
+        grad_target = -each if ctx.needs_input_grad[0] else None
+        return grad_target, None, None, *(each[:, start:] for start in ctx.starts)
+
+
+_weighted_error: Callable[..., tuple[Tensor, Tensor]] = _WeightedError.apply
+
+
+def weighted_error(
+    target: Float[Tensor, "n_rows d"],
+    weights: Float[Tensor, "d"],
+    parts: Sequence[Tensor],
+    starts: Sequence[int],
+) -> tuple[Float[Tensor, ""], Float[Tensor, "n_rows d"]]:
+    """`sum_i weights_i ||target_i - sum_l parts_l,i||^2` over columns i, where each part covers the columns from its
+    start on; and the residual, detached. Differentiable in the target and the parts.
+
+    Args:
+        target: what the parts add up to.
+        weights: weight of each column.
+        parts: (n_rows, d - start) each.
+        starts: first column of each part.
+
+    >>> weighted_error(torch.ones(1, 2), torch.ones(2), [torch.ones(1, 2), torch.ones(1, 1)], [0, 1])
+    (tensor(1.), tensor([[ 0., -1.]]))
+    """
+    return _weighted_error(target, weights, list(starts), *parts)
 
 
 def nested_decode_error(

@@ -35,12 +35,14 @@ if TYPE_CHECKING:
         DictionaryMethod as DictionaryMethod,
         fit_dictionary as fit_dictionary,
     )
+    from saelab.sae.clt import CLT as CLT
     from saelab.sae.config import (
         Dictionary as Dictionary,
         Init as Init,
         RandomPrefixes as RandomPrefixes,
         SAEConfig as SAEConfig,
     )
+    from saelab.sae.cross_layer import CLTConfig as CLTConfig, CLTModule as CLTModule
     from saelab.sae.duplicates import DuplicateReset as DuplicateReset
     from saelab.sae.encoders import (
         ICFL as ICFL,
@@ -71,6 +73,7 @@ if TYPE_CHECKING:
     from saelab.sae.sae import SAE as SAE, fit as fit
     from saelab.sae.soft_frozen import SoftFrozen as SoftFrozen
     from saelab.sae.source_views import relative_norms as relative_norms, source_norms as source_norms
+    from saelab.sae.training_clt import TrainingCLT as TrainingCLT
     from saelab.sae.training_sae import StepLosses as StepLosses, TrainingSAE as TrainingSAE
 
 __getattr__, __dir__, __all__ = attach(__name__)

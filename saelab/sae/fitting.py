@@ -71,7 +71,7 @@ def finish(
         others: (m, width) tokens used where none were held out.
     """
     target = target_l0(sae)
-    first, second = _split(held_out, others)
+    first, second = split_held_out(held_out, others)
     if target is not None and len(first):
         cut_to(sae, first, target, REACH if sae.cfg.activation.threshold != "running" else math.inf)
     measured = measure(sae, second)
@@ -213,7 +213,7 @@ def measure(sae: SAEModule, rows: Float[Tensor, "n width"]) -> dict[str, Any]:
     }
 
 
-def _split(held_out: Tensor | None, others: Tensor) -> tuple[Tensor, Tensor]:
+def split_held_out(held_out: Tensor | None, others: Tensor) -> tuple[Tensor, Tensor]:
     """Tokens to set thresholds on, and tokens to measure on."""
     if held_out is None or len(held_out) == 0:
         return others[:MAX_TOKENS].float(), others[:MAX_TOKENS].float()

@@ -6,8 +6,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from saelab.functional.codes import Entries, SparseCodes
+from saelab.functional.codes import Entries, SparseCodes, attach_encoder
 from saelab.functional.silent_codes import SilentCodes, silent_penalty, threshold_error
+from saelab.functional.sparse_products import GradientMemory
 from saelab.functional.threshold_search import search_near
 from saelab.sae.activation_functions import SPARSE_FRAC, JumpReLU
 from saelab.sae.activation_registry import Activation
@@ -71,6 +72,30 @@ def search_codes(
         found = search_near(read, sae.W_enc.T, sae.b_enc, sae.threshold, activation.bandwidth, SPARSE_FRAC)
         return (None, None) if found is None else found
     return search_among(activation, read, sae.W_enc.T, sae.b_enc, sae.threshold, ranks), None
+
+
+def attach_codes(
+    sae: SAEModule,
+    found: SparseCodes,
+    inputs: tuple[Float[Tensor, "n_tokens d_in"], Float[Tensor, "d_in"] | None, Float[Tensor, "n_tokens d_in"] | None],
+    memory: GradientMemory | None = None,
+) -> tuple[Float[Tensor, "nnz"], Entries, Tensor | None]:
+    """Codes with gradients to the encoder, their entries, and the activation's penalty of each.
+
+    Args:
+        sae: the SAE.
+        found: pre-activations that a search found.
+        inputs: what the encoder reads: x, what is subtracted from it, and the difference, if known.
+        memory: takes the gradient of W_enc transposed, or gives the memory for it.
+    """
+    x, b_read, centered = inputs
+    entries = Entries(found.indices, found.rows, found.offsets).with_columns(found.d_sae)
+    u = attach_encoder(found.values, x, sae.W_enc, sae.b_enc, b_read, entries, memory, centered)
+    threshold = sae.threshold_of(found.indices)
+    values = sae.cfg.activation.fire(u, threshold)
+    if sae.cfg.activation.gated:
+        return values, entries, sae.gate(u, found.indices).relu()
+    return values, entries, sae.cfg.activation.penalty(u, values, threshold)
 
 
 def find_smallest(size: Float[Tensor, "*shape"]) -> Float[Tensor, ""]:

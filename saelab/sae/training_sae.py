@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from saelab.functional.codes import Entries, SparseCodes, attach_encoder, nested_decode_error
+from saelab.functional.codes import Entries, SparseCodes, nested_decode_error
 from saelab.functional.metrics import ReconstructionSums, nested_error
 from saelab.functional.sparse_products import GradientMemory, SparseGradients
 from saelab.sae.activation_functions import MIN_THRESHOLD, ReLU
@@ -26,7 +26,7 @@ from saelab.sae.placement import normalize_rows, place_weights, reorder_latents
 from saelab.sae.sharding import LATENT_AXIS, reconstruct_among
 from saelab.sae.soft_frozen import SoftFrozen, project_to_cones
 from saelab.sae.source_views import read_inputs
-from saelab.sae.step_codes import StepCodes, find_smallest, search_codes
+from saelab.sae.step_codes import StepCodes, attach_codes, find_smallest, search_codes
 from saelab.training.config import TrainConfig
 from saelab.training.optimizer import differentiate, project_gradient
 from saelab.training.ranks import ALONE, RankGrid
@@ -251,19 +251,9 @@ class TrainingSAE:
         """Errors of the prefixes from sparse codes, at a cost proportional to the number of active entries; `read` is
         what W_enc is applied to, where that is not `centered`.
         """
-        sae, transcodes = self.sae, self.sae.cfg.d_out is not None
-        entries = Entries(found.indices, found.rows, found.offsets).with_columns(len(W_dec))
-        if read is None:
-            u = attach_encoder(found.values, x, sae.W_enc, sae.b_enc, b_read, entries, self.memory["W_enc"], centered)
-        else:
-            u = attach_encoder(found.values, read, sae.W_enc, sae.b_enc, None, entries, self.memory["W_enc"])
-        threshold = sae.threshold_of(found.indices)
-        values = sae.cfg.activation.fire(u, threshold)
-        if sae.cfg.activation.gated:
-            penalty: Tensor | None = sae.gate(u, found.indices).relu()
-        else:
-            penalty = sae.cfg.activation.penalty(u, values, threshold)
-        return self._decode_step(values, entries, y, W_dec, None if transcodes else centered, penalty)
+        inputs = (x, b_read, centered) if read is None else (read, None, None)
+        values, entries, penalty = attach_codes(self.sae, found, inputs, self.memory["W_enc"])
+        return self._decode_step(values, entries, y, W_dec, None if self.sae.cfg.d_out else centered, penalty)
 
     def _pursuit_step(self, x: Tensor, W_dec: Tensor, encoder: PursuitEncoder, activation: Activation) -> StepCodes:
         """Errors of the prefixes for a pursuit, whose codes are differentiable or constants."""

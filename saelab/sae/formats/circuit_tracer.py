@@ -1,0 +1,184 @@
+"""circuit-tracer's files of a cross-layer transcoder, which crosslayer-transcoder and CLT-Forge export, too.
+
+Of each layer l of L `W_enc_l.safetensors` holds `W_enc_l` (d_sae, d_in), `b_enc_l`, `b_dec_l` and, of a JumpReLU,
+`threshold_l`; `W_dec_l.safetensors` holds `W_dec_l` (d_sae, L - l, d_out), whose second axis are the outputs l, l + 1,
+... `config.yaml` names the model and, after `blocks.l.`, the hook points. Nothing is subtracted from inputs.
+
+SAELens has no format of its own for them: it reads these files a layer at a time, as a ReLU transcoder whose decoders
+are summed, for feature activations only. So thresholds are lost there.
+"""
+
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor
+
+from saelab.sae.formats.sources import read_tensors, require_tensors
+from saelab.stores.files import replace_folder, save_tensors, write_atomic
+from saelab.stores.manifest import Provenance
+
+CONFIG = "config.yaml"
+ENCODER = re.compile(r"W_(enc|dec)_(\d+)\.safetensors")
+LINE = re.compile(r"(\w+):[ \t]*(.*?)[ \t]*")
+READ, WRITTEN, MODEL = "feature_input_hook", "feature_output_hook", "model_name"
+DEFAULTS = {READ: "hook_resid_mid", WRITTEN: "hook_mlp_out"}
+"""hook points that circuit-tracer takes where its configuration names none"""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class LayerFiles:
+    """A cross-layer transcoder as these files have it, an entry a layer."""
+
+    W_enc: list[Tensor]
+    """(d_sae, d_in)"""
+    b_enc: list[Tensor]
+    W_dec: list[Tensor]
+    """(d_sae, n_layers - l, d_out)"""
+    b_dec: list[Tensor]
+    thresholds: list[Tensor] | None
+    """None of ReLU"""
+    settings: dict[str, str]
+    """model and hook points, as far as they are known"""
+
+    def make_provenances(self, weight_processing: str) -> tuple[Provenance, ...] | None:
+        """Origin of each layer's activations; None where the model is not known."""
+        settings = DEFAULTS | self.settings
+        if MODEL not in settings:
+            return None
+        first = Provenance(
+            model=settings[MODEL],
+            weight_processing=weight_processing,
+            hook_point="",
+            text="unknown",
+            tokens_sha256="",
+            mask={},
+            dtype="unknown",
+            ctx_len=None,
+            n_tokens=0,
+            seed=None,
+            versions={},
+        )
+        return tuple(
+            first.at(f"blocks.{i}.{settings[READ]}").paired(first.at(f"blocks.{i}.{settings[WRITTEN]}"))
+            for i in range(len(self.W_enc))
+        )
+
+
+def recognize(folder: Path) -> bool:
+    """Whether a folder holds such files."""
+    return folder.is_dir() and any(ENCODER.fullmatch(path.name) for path in folder.iterdir())
+
+
+def read_layers(folder: Path) -> LayerFiles:
+    """Weights of all layers, memory-mapped.
+
+    Raises:
+        FileNotFoundError: for a folder without such files, and where a layer's are missing.
+        ValueError: for tensors that are missing or do not fit each other, and for skip connections.
+    """
+    names = {path.name for path in folder.iterdir()}
+    numbers = [int(match[2]) for name in names if (match := ENCODER.fullmatch(name))]
+    if not numbers:
+        raise FileNotFoundError(
+            f"A cross-layer transcoder must have config.json or W_enc_0.safetensors, got {folder} with "
+            f"{sorted(names)[:5]}. Check the path."
+        )
+    n = max(numbers) + 1
+    wanted = [f"W_{side}_{i}.safetensors" for i in range(n) for side in ("enc", "dec")]
+    if missing := [name for name in wanted if name not in names]:
+        raise FileNotFoundError(
+            f"{folder} must have encoder and decoder of each of its {n} layers, got no {missing[:5]}. Copy them, too."
+        )
+    held = [_read_layer(folder, i, n) for i in range(n)]
+    jumps = ["threshold" in layer for layer in held]
+    if any(jumps) != all(jumps):
+        raise ValueError(f"{folder} must have thresholds for all layers or none, got none for {jumps.index(False)}.")
+    for i, layer in enumerate(held):
+        shapes = [tuple(layer[name].shape) for name in ("W_enc", "b_enc", "W_dec", "b_dec")]
+        (d_sae, d_in), d_out = tuple(held[0]["W_enc"].shape), len(held[0]["b_dec"])
+        due = [(d_sae, d_in), (d_sae,), (d_sae, n - i, d_out), (d_out,)]
+        if shapes != due or ("threshold" in layer and layer["threshold"].shape != (d_sae,)):
+            raise ValueError(
+                f"Layer {i} of {n} in {folder} must have W_enc, b_enc, W_dec and b_dec of shapes {due}, got {shapes}. "
+                "Are the files of one transcoder, and are all layers here?"
+            )
+    return LayerFiles(
+        **{name: [layer[name] for layer in held] for name in ("W_enc", "b_enc", "W_dec", "b_dec")},
+        thresholds=[layer["threshold"] for layer in held] if all(jumps) else None,
+        settings=_read_settings(folder / CONFIG),
+    )
+
+
+def _read_layer(folder: Path, i: int, n: int) -> dict[str, Tensor]:
+    place = folder / f"W_enc_{i}.safetensors"
+    encoder, decoder = read_tensors(place), read_tensors(folder / f"W_dec_{i}.safetensors")
+    found = require_tensors(encoder, tuple(f"{name}_{i}" for name in ("W_enc", "b_enc", "b_dec")), place)
+    found |= require_tensors(decoder, (f"W_dec_{i}",), folder / f"W_dec_{i}.safetensors")
+    if f"W_skip_{i}" in encoder:
+        raise ValueError(
+            f"{place} must have no skip connection, got W_skip_{i}, which saelab has in transcoders of a layer."
+        )
+    if f"threshold_{i}" in encoder:
+        found[f"threshold_{i}"] = encoder[f"threshold_{i}"]
+    if found[f"W_enc_{i}"].ndim != 2 or found[f"b_dec_{i}"].ndim != 1:
+        raise ValueError(f"{place} must hold a matrix W_enc_{i} and a vector b_dec_{i}, got other shapes.")
+    return {name.removesuffix(f"_{i}"): tensor for name, tensor in found.items()}
+
+
+def _read_settings(path: Path) -> dict[str, str]:
+    """The plain texts at the top level of config.yaml; what else it holds is not read."""
+    if not path.is_file():
+        return {}
+    found = {}
+    for line in path.read_text(encoding="utf-8").splitlines():
+        if (match := LINE.fullmatch(line.split(" #")[0])) and match[1] in (READ, WRITTEN, MODEL):
+            text = match[2]
+            quoted = len(text) > 1 and text[0] == text[-1] and text[0] in "'\""
+            found[match[1]] = text[1:-1] if quoted else text
+    if empty := [name for name, text in found.items() if not text or text[0] in "[{&*!|>"]:
+        raise ValueError(f"{path} must say a plain text for {empty}, got another value. Was it edited?")
+    return found
+
+
+def write_layers(folder: Path, held: LayerFiles) -> None:
+    """Write the files, replacing those of another transcoder in the folder.
+
+    Args:
+        folder: the folder.
+        held: weights by layer, and model and hook points.
+    """
+    stale = ("W_enc_*.safetensors", "W_dec_*.safetensors", CONFIG)
+    with replace_folder(folder, last=CONFIG, stale=stale) as temp:
+        for i, W_enc in enumerate(held.W_enc):
+            encoder = {"W_enc": W_enc, "b_enc": held.b_enc[i], "b_dec": held.b_dec[i]}
+            if held.thresholds is not None:
+                encoder["threshold"] = held.thresholds[i]
+            plain = {f"{name}_{i}": tensor.detach().contiguous() for name, tensor in encoder.items()}
+            save_tensors(temp / f"W_enc_{i}.safetensors", plain, {"format": "pt"})
+            save_tensors(temp / f"W_dec_{i}.safetensors", {f"W_dec_{i}": held.W_dec[i].contiguous()}, {"format": "pt"})
+        settings = {"model_kind": "cross_layer_transcoder"} | held.settings
+        text = "".join(f"{name}: {json.dumps(value)}\n" for name, value in settings.items())
+        write_atomic(temp / CONFIG, text.encode())
+
+
+def name_places(places: tuple[tuple[str, str], ...]) -> dict[str, str]:
+    """The settings that name each layer's hook points; ValueError where layers are not 0, 1, ... with the same place in
+    each.
+    """
+    found: dict[str, set[str]] = {READ: set(), WRITTEN: set()}
+    for i, pair in enumerate(places):
+        for name, place in zip(found, pair, strict=True):
+            start, _, rest = place.partition(f"blocks.{i}.")
+            if start or not rest:
+                raise ValueError(
+                    f"circuit-tracer numbers layers from the model's first, so layer {i} must be at blocks.{i}, got "
+                    f"'{place}'. Save it in saelab's own format."
+                )
+            found[name].add(rest)
+    if several := [sorted(rests) for rests in found.values() if len(rests) > 1]:
+        raise ValueError(
+            f"circuit-tracer has one hook point for all layers, got {several[0]}. Save in saelab's format."
+        )
+    return {name: rests.pop() for name, rests in found.items()}
