@@ -6,7 +6,11 @@ from saelab._lazy import attach
 
 if TYPE_CHECKING:
     from saelab.circuits.attention_heads import HeadEffects as HeadEffects, split_by_head as split_by_head
-    from saelab.circuits.graph import AttributionGraph as AttributionGraph
+    from saelab.circuits.attention_scores import (
+        AttentionScore as AttentionScore,
+        attention_score as attention_score,
+    )
+    from saelab.circuits.graph import AttributionGraph as AttributionGraph, NodeTable as NodeTable
     from saelab.circuits.graph_files import make_node_ids as make_node_ids, write_graph_json as write_graph_json
     from saelab.circuits.graph_reading import (
         GraphFile as GraphFile,
@@ -24,6 +28,7 @@ if TYPE_CHECKING:
         GraphView as GraphView,
         LabelSource as LabelSource,
         NodeLabels as NodeLabels,
+        group_by_label as group_by_label,
         influence_shares as influence_shares,
     )
     from saelab.circuits.tracing import trace as trace

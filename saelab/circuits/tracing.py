@@ -275,7 +275,7 @@ def _require_complete(model: Model, tracing: _Tracing) -> None:
 
 def _build(model: Model, texts: Texts, points: list[str], tracing: _Tracing, prompt: Prompt) -> AttributionGraph:
     effects, end = tracing.effects, tracing.end
-    columns = _list_sources(tracing, points)
+    columns = effects.list_sources(points)
     rows, numbers = np.concatenate(tracing.rows), np.concatenate(tracing.numbers)
     left_out = np.setdiff1d(tracing.features, numbers)
     _count_as_errors(effects, rows, left_out)
@@ -334,36 +334,6 @@ def _build(model: Model, texts: Texts, points: list[str], tracing: _Tracing, pro
         completeness_error=tracing.miss,
         n_left_out=len(left_out),
     )
-
-
-def _list_sources(tracing: _Tracing, points: list[str]) -> dict[str, np.ndarray]:
-    """Fields of the graph's nodes, for all sources."""
-    parts: dict[str, list[np.ndarray]] = {
-        name: [] for name in ("kinds", "layers", "positions", "sources", "features", "activations", "slopes")
-    }
-    ids = tracing.effects.frozen.ids[0].cpu().numpy()
-    for place, one in enumerate(tracing.effects.written):
-        n, kinds, positions = len(one.positions), one.kinds.cpu().numpy(), one.positions.cpu().numpy()
-        slopes, is_feature = np.ones(n, np.float32), kinds == FEATURE
-        if one.dictionary is not None and is_feature.any():
-            at = torch.from_numpy(np.flatnonzero(is_feature)).to(one.positions.device)
-            u = tracing.effects.values(Targets(place, one.positions[at], one.features[at]), tracing.effects.readings)
-            latents = one.features[at].to(one.dictionary.sae.device)
-            found = one.dictionary.find_slopes(torch.from_numpy(u).to(one.dictionary.sae.W_dec), latents)
-            slopes[is_feature] = found.float().cpu().numpy()
-        source = -1 if one.dictionary is None else points.index(one.point)
-        columns: dict[str, Any] = {
-            "kinds": kinds,
-            "layers": np.full(n, one.layer),
-            "positions": positions,
-            "sources": np.full(n, source),
-            "features": ids[positions] if kinds[0] == EMBEDDING else one.features.cpu().numpy(),
-            "activations": one.z.cpu().numpy(),
-            "slopes": slopes,
-        }
-        for name, column in columns.items():
-            parts[name].append(column)
-    return {name: np.concatenate(columns) for name, columns in parts.items()}
 
 
 def _count_as_errors(
