@@ -65,7 +65,9 @@ class AttentionScore(NodeTable):
         """The `n` largest pairs by magnitude: what they give, the node at the query, the node at the key."""
         pairs = self.pairs
         order = np.argsort(-np.abs(pairs), axis=None, kind="stable")[:n]
-        return [(float(pairs[i, j]), int(i), int(j)) for i, j in zip(*np.unravel_index(order, pairs.shape), strict=True)]
+        return [
+            (float(pairs[i, j]), int(i), int(j)) for i, j in zip(*np.unravel_index(order, pairs.shape), strict=True)
+        ]
 
     def __str__(self) -> str:
         less = "" if self.against is None else f" less that of {self._name(self.against)}"
@@ -77,7 +79,7 @@ class AttentionScore(NodeTable):
         lines = [head, *format_table([["score", "at the query", "at the key"], *rows], left=(1, 2))]
         for name, values in (("by way of the query", self.by_query), ("by way of the key", self.by_key)):
             order = np.argsort(-np.abs(values), kind="stable")[:N_SHOWN]
-            rows = [[f"{values[i]:+.3f}", self.describe(int(i))] for i in order]
+            rows = [[f"{values[i]:+.3f}", self.describe(int(i))] for i in order if values[i]]
             lines += format_table([["score", name], *rows], left=(1,))
         return "\n".join(lines)
 
@@ -262,5 +264,3 @@ def _build(
         keys=split.keys[reach].astype(np.float32),
         completeness_error=split.error,
     )
-
-

@@ -129,7 +129,9 @@ def place_dictionaries(
         for one in found
         if (one.sae.cfg.d_out is not None and one.place.part != "attention") or one.place.part == "MLP"
     }
-    others = [(layer, name) for layer in range(n_layers) if layer not in covered if (name := _mlp(model, stack, layer))]
+    others = [
+        (layer, name) for layer in range(n_layers) if layer not in covered if (name := find_mlp(model, stack, layer))
+    ]
     if not allow_missing and (missing := [layer for layer, _ in others if below is None or layer < below]):
         which = f"all {n_layers} layers" if below is None else f"the layers below {below}"
         raise ValueError(
@@ -225,7 +227,7 @@ def find_stack(model: Model) -> tuple[str, int]:
     return stack, 1 + max(int(match["layer"]) for match in found if match["stack"] == stack)
 
 
-def _mlp(model: Model, stack: str, layer: int) -> str | None:
+def find_mlp(model: Model, stack: str, layer: int) -> str | None:
     """Hook point of what the MLP of a layer writes; None for a block without one."""
     points = hook_points_of(model).points
     names = [f"{stack}.{layer}.{rest}" for rest in OUTPUTS]

@@ -33,9 +33,7 @@ class Freezing(TorchFunctionMode):
     True
     """
 
-    def __init__(
-        self, constants: Sequence[Tensor] | None = None, n_rows: int = 1, watch: Watch | None = None
-    ) -> None:
+    def __init__(self, constants: Sequence[Tensor] | None = None, n_rows: int = 1, watch: Watch | None = None) -> None:
         """`constants` are those of an earlier forward pass over one row of tokens; None computes them. `n_rows` is the
         number of rows of this pass, all of which have the same constants. `watch` sees all functions.
         """
@@ -200,23 +198,25 @@ class ScoreTerms:
         """
         if self.scale is not None:
             added = self.scores if not self.scores.ndim else self.scores.expand(1, self.queries.shape[1], -1, -1)
-            summand = float(added[0, head, query, key] if added.ndim else added)
+            summand = float((added[0, head, query, key] if added.ndim else added).detach())
             grouped = head // (self.queries.shape[1] // self.keys.shape[1])
-            product = self.queries[0, head, query].double() @ self.keys[0, grouped, key].double()
+            product = self.queries[0, head, query].detach().double() @ self.keys[0, grouped, key].detach().double()
             score, factor = float(product * self.scale) + summand, self.scale
         else:
             assert self.products is not None
             one = self.scores[0, head, query, key]
             (into,) = torch.autograd.grad(one, self.products, retain_graph=True, allow_unused=True)
             into = torch.zeros_like(self.products) if into is None else into
-            score, factor = float(one), float(into[0, head, query, key])
-            summand = score - factor * float(self.products[0, head, query, key])
+            score, factor = float(one.detach()), float(into[0, head, query, key])
+            summand = score - factor * float(self.products[0, head, query, key].detach())
             if int(into.count_nonzero()) > 1:
                 raise ValueError(
                     "A score must be made of one product of a query and a key, got several in one score of this model."
                 )
         if not factor or not abs(summand) < HIDDEN:
-            raise ValueError(f"A key must be one that the head may attend to, got {key}, hidden from {query} by a mask.")
+            raise ValueError(
+                f"A key must be one that the head may attend to, got {key}, hidden from {query} by a mask."
+            )
         return score, factor, summand
 
 

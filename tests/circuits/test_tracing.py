@@ -110,6 +110,69 @@ def test_edges_are_what_the_weights_say() -> None:
     assert n_checked == k * n_tokens * (n_tokens + 1) // 2 + 2 * k
 
 
+@pytest.mark.parametrize("name", ["llama", "gpt2", "Gemma2ForCausalLM", "GPTNeoXForCausalLM", "Phi3ForCausalLM"])
+def test_saes_of_attention_and_mlp_outputs_add_up(name: str) -> None:
+    """The setting of arXiv:2402.12201: embeddings, attention outputs, MLP outputs, gates of the MLPs frozen."""
+    model = load(name)
+    places = [f"blocks.{i}.hook_{part}_out" for i in range(model.cfg.n_layers) for part in ("attn", "mlp")]
+    graph = trace(model, {place: make_coder(32, i, is_transcoder=False) for i, place in enumerate(places)}, PROMPT)
+    assert graph.completeness_error < 1e-5 and graph.dictionaries == tuple(places)
+    is_target = graph.is_kind("feature", "logit")
+    np.testing.assert_allclose(sum_edges(graph)[is_target], graph.values[is_target], rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(
+        graph.values[graph.is_kind("feature")], graph.activations[graph.is_kind("feature")], rtol=1e-3, atol=1e-4
+    )
+    into_mlp = (
+        np.array(["mlp" in places[i] for i in graph.sources])[graph.edge_targets]
+        & graph.is_kind("feature")[graph.edge_targets]
+    )
+    same_token = graph.positions[graph.edge_sources] == graph.positions[graph.edge_targets]
+    assert (same_token | graph.is_kind("bias")[graph.edge_sources])[into_mlp].all()
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_effects_through_an_mlp_are_what_the_weights_say(name: str) -> None:
+    """Naively, neuron by neuron, with the gate g = post / pre: from embeddings to features of an MLP's output."""
+    model = load(name)
+    coders = {f"blocks.{i}.hook_mlp_out": make_coder(32, i, is_transcoder=False) for i in range(model.cfg.n_layers)}
+    coders["blocks.0.hook_attn_out"] = make_coder(32, 9, is_transcoder=False)
+    graph = trace(model, coders, PROMPT)
+    at, ids = 4, torch.from_numpy(graph.token_ids)[None]
+    x, before = (
+        one[0, at].double() for one in sl.lm.capture(model, ids, ["blocks.0.hook_in", "blocks.0.ln2.hook_in"]).values()
+    )
+    twin = hook_points_of(model).plain
+    assert twin is not None
+    with torch.no_grad():
+        if name == "gpt2":
+            block = twin.transformer.h[0]
+            through = (x - x.mean()) * (before.var(unbiased=False) + 1e-5).rsqrt() * block.ln_2.weight.double()
+            pre = torch.nn.functional.layer_norm(
+                before, (32,), block.ln_2.weight.double(), block.ln_2.bias.double(), 1e-5
+            )
+            up, down = block.mlp.c_fc.weight.double().T, block.mlp.c_proj.weight.double().T
+            h = up @ pre + block.mlp.c_fc.bias.double()
+            gates = block.mlp.act(h) / h
+        else:
+            block = twin.model.layers[0]
+            scale = (before.square().mean() + 1e-6).rsqrt() * block.post_attention_layernorm.weight.double()
+            through, up, down = x * scale, block.mlp.up_proj.weight.double(), block.mlp.down_proj.weight.double()
+            gates = torch.nn.functional.silu(block.mlp.gate_proj.weight.double() @ (before * scale))
+    source = int(np.flatnonzero(graph.is_kind("embedding") & (graph.positions == at))[0])
+    own = graph.sources == graph.dictionaries.index("blocks.0.hook_mlp_out")
+    for node in np.flatnonzero(graph.is_kind("feature") & own & (graph.positions == at)):
+        row = coders["blocks.0.hook_mlp_out"].W_enc[:, int(graph.features[node])].detach().double()
+        naive = sum(float(through @ up[n]) * float(gates[n]) * float(down[:, n] @ row) for n in range(len(gates)))
+        (edge,) = graph.edge_weights[(graph.edge_sources == source) & (graph.edge_targets == node)]
+        assert edge == pytest.approx(naive, rel=1e-3, abs=1e-5)
+
+
+def test_an_sae_of_experts_needs_a_transcoder() -> None:
+    model = load("MixtralForCausalLM")
+    with pytest.raises(ValueError, match="needs an MLP of one layer of neurons"):
+        trace(model, {"blocks.0.hook_mlp_out": make_coder(32, is_transcoder=False)}, PROMPT, allow_missing=True)
+
+
 def find_pattern(model: Any, ids: Tensor) -> Tensor:
     """(n_heads, n, n) attention of the first layer, by Hugging Face's own eager attention."""
     twin = copy.deepcopy(hook_points_of(model).plain)
