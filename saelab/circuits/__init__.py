@@ -8,6 +8,7 @@ if TYPE_CHECKING:
     from saelab.circuits.attention_heads import HeadEffects as HeadEffects, split_by_head as split_by_head
     from saelab.circuits.attention_scores import (
         AttentionScore as AttentionScore,
+        ScoreTarget as ScoreTarget,
         attention_score as attention_score,
     )
     from saelab.circuits.graph import AttributionGraph as AttributionGraph, NodeTable as NodeTable

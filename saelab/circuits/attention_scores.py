@@ -1,6 +1,7 @@
 """`attention_score`: one score of an attention head, as the sum over pairs of what is written at query and key."""
 
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -8,15 +9,50 @@ import torch
 from jaxtyping import Float
 
 from saelab.circuits.graph import NodeTable
-from saelab.circuits.linear_effects import BIAS, LinearEffects, read_written
+from saelab.circuits.linear_effects import BIAS, HALF_TOLERANCE, TOLERANCE, LinearEffects, read_written
 from saelab.circuits.placement import Dictionaries, find_stack, place_dictionaries
-from saelab.circuits.tracing import HALF_TOLERANCE, TOLERANCE
 from saelab.interventions.prompt_metrics import Prompt, read_texts
 from saelab.lm.hook_points import hook_points_of
 from saelab.lm.model_checks import Model
 from saelab.stores.results import format_table
 
 N_SHOWN = 10
+
+
+@dataclass(frozen=True)
+class ScoreTarget:
+    """A score of an attention head, as a target of `trace`: how much the head looks from a query to a key.
+
+    >>> ScoreTarget(layer=1, head=0, key=2).place(6).describe("abcdef")
+    "head 1.0, 5 'f' to 2 'c'"
+    """
+
+    layer: int
+    head: int
+    key: int
+    """position of the key"""
+    query: int | None = None
+    """position of the query; None is the last token"""
+    against: int | None = None
+    """position of a key whose score is subtracted; None subtracts nothing"""
+
+    def place(self, n: int) -> "ScoreTarget":
+        """The same with its query, on a prompt of n tokens; ValueError for positions that are not there."""
+        query = n - 1 if self.query is None else self.query
+        if not 0 <= query < n:
+            raise ValueError(f"`query` must be a position in 0..{n - 1}, got {query}.")
+        for name, key in (("key", self.key), ("against", self.against)):
+            if key is not None and not 0 <= key <= query:
+                raise ValueError(f"`{name}` must be a position in 0..{query}, up to the query, got {key}.")
+        if self.key == self.against:
+            raise ValueError(f"`against` must be another key, got {self.key} for both.")
+        return replace(self, query=query)
+
+    def describe(self, tokens: Sequence[str]) -> str:
+        """The head and its places, in words."""
+        query, key, *other = (f"{i} {tokens[i]!r}" for i in (self.query, self.key, self.against) if i is not None)
+        less = f" less that of {other[0]}" if other else ""
+        return f"head {self.layer}.{self.head}, {query} to {key}{less}"
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -70,10 +106,9 @@ class AttentionScore(NodeTable):
         ]
 
     def __str__(self) -> str:
-        less = "" if self.against is None else f" less that of {self._name(self.against)}"
+        target = ScoreTarget(self.layer, self.head, self.key, self.query, self.against)
         head = (
-            f"head {self.head} of layer {self.layer}, {self._name(self.query)} to {self._name(self.key)}{less}: "
-            f"{self.score:+.3f}, parts add up to within {self.completeness_error:.0e}"
+            f"{target.describe(self.tokens)}: {self.score:+.3f}, parts add up to within {self.completeness_error:.0e}"
         )
         rows = [[f"{value:+.3f}", self.describe(i), self.describe(j)] for value, i, j in self.top_pairs()]
         lines = [head, *format_table([["score", "at the query", "at the key"], *rows], left=(1, 2))]
@@ -82,9 +117,6 @@ class AttentionScore(NodeTable):
             rows = [[f"{values[i]:+.3f}", self.describe(int(i))] for i in order if values[i]]
             lines += format_table([["score", name], *rows], left=(1,))
         return "\n".join(lines)
-
-    def _name(self, position: int) -> str:
-        return f"{position} {self.tokens[position]!r}"
 
 
 @torch.inference_mode(False)  # gradients are needed wherever it is called
@@ -135,50 +167,39 @@ def attention_score(
     >>> abs(float(found.pairs.sum()) - found.score) < 1e-4
     True
     """
-    layer, number = head
-    attention = _find_attention(model, layer, number)
+    target = ScoreTarget(*head, key=key, query=query, against=against)
+    attention = find_attention(model, target)
     placement = place_dictionaries(
-        model, transcoders, allow_missing=allow_missing, allow_mismatch=allow_mismatch, below=layer
+        model, transcoders, allow_missing=allow_missing, allow_mismatch=allow_mismatch, below=target.layer
     )
     texts = read_texts(model, prompt)
     if len(texts) != 1:
         raise ValueError(f"`prompt` must be one text, got {len(texts)}.")
-    query = int(texts.lengths[0]) - 1 if query is None else query
-    _require_positions(query, (key, against), int(texts.lengths[0]))
-    written = read_written(model, texts.ids, placement)
-    effects = LinearEffects.make(model, texts.ids, written, attention=attention)
-    split = _Split.make(model, effects, number, query, (key, against))
-    points = [one.write for one in placement.dictionaries]
-    return _build(effects, points, split, texts.strings(model), (layer, number, query, key, against))
+    target = target.place(int(texts.lengths[0]))
+    effects = LinearEffects.make(model, texts.ids, read_written(model, texts.ids, placement), attention=attention)
+    split = ScoreSplit.make(model, effects, target)
+    return _build(effects, [one.write for one in placement.dictionaries], split, texts.strings(model), target)
 
 
-def _find_attention(model: Model, layer: int, head: int) -> tuple[str, str]:
-    """Hook points in front of and behind the attention of a layer."""
+def find_attention(model: Model, target: ScoreTarget) -> tuple[str, str]:
+    """Hook points in front of and behind the attention of a score; ValueError for a head that does not exist."""
     stack, n_layers = find_stack(model)
     n_heads = int(model.cfg.n_heads)  # type: ignore[attr-defined]
-    for name, value, n in (("layer", layer, n_layers), ("head", head, n_heads)):
+    for name, value, n in (("layer", target.layer, n_layers), ("head", target.head, n_heads)):
         if not 0 <= value < n:
             raise ValueError(f"`head` must be (layer, head) with the {name} in 0..{n - 1}, got {value}.")
     points = hook_points_of(model).points
-    found = f"{stack}.{layer}.attn.hook_in", f"{stack}.{layer}.attn.hook_out"
+    found = f"{stack}.{target.layer}.attn.hook_in", f"{stack}.{target.layer}.attn.hook_out"
     if any(name not in points for name in found):
         others = [i for i in range(n_layers) if f"{stack}.{i}.attn.hook_in" in points]
-        raise ValueError(f"A head must be one of attention, which layer {layer} does not have; layers {others} do.")
+        raise ValueError(
+            f"A head must be one of attention, which layer {target.layer} does not have; layers {others} do."
+        )
     return found
 
 
-def _require_positions(query: int, keys: tuple[int, int | None], n: int) -> None:
-    if not 0 <= query < n:
-        raise ValueError(f"`query` must be a position in 0..{n - 1}, got {query}.")
-    for name, key in zip(("key", "against"), keys, strict=True):
-        if key is not None and not 0 <= key <= query:
-            raise ValueError(f"`{name}` must be a position in 0..{query}, up to the query, got {key}.")
-    if keys[0] == keys[1]:
-        raise ValueError(f"`against` must be another key, got {keys[1]} for both.")
-
-
 @dataclass(frozen=True, eq=False)
-class _Split:
+class ScoreSplit:
     """What each source, and the biases of the model last, give to a query and a key."""
 
     score: float
@@ -187,10 +208,19 @@ class _Split:
     keys: Float[np.ndarray, "n d_head"]
     error: float
 
+    @property
+    def by_source(self) -> Float[np.ndarray, "n"]:
+        """Half of what each pair gives for either of the two: they add up to the score, less its offset."""
+        return (self.queries @ self.keys.sum(0) + self.keys @ self.queries.sum(0)) / 2
+
     @classmethod
-    def make(
-        cls, model: Model, effects: LinearEffects, head: int, query: int, places: tuple[int, int | None]
-    ) -> "_Split":
+    def make(cls, model: Model, effects: LinearEffects, target: ScoreTarget) -> "ScoreSplit":
+        """The parts of a score, whose places are known.
+
+        ValueError where the model's scores are no such sums, and for a key that is hidden by a mask.
+        """
+        head, query, places = target.head, target.query, (target.key, target.against)
+        assert query is not None
         terms, at_zero = effects.readings.terms, effects.at_zero.terms
         if terms is None or at_zero is None:
             raise ValueError(
@@ -237,9 +267,9 @@ def _require_complete(model: Model, error: float) -> None:
 def _build(
     effects: LinearEffects,
     points: list[str],
-    split: _Split,
+    split: ScoreSplit,
     tokens: tuple[str, ...],
-    place: tuple[int, int, int, int, int | None],
+    target: ScoreTarget,
 ) -> AttentionScore:
     """The nodes that reach the query or the key, the biases of the model last."""
     columns = effects.list_sources(points)
@@ -247,17 +277,17 @@ def _build(
     own: dict[str, Any] = {name: -1 for name in columns} | {"kinds": BIAS, "positions": 0, "activations": 1}
     reach = np.append(split.queries[:-1].any(1) | split.keys[:-1].any(1), True)
     nodes = {name: np.append(column, own[name])[reach] for name, column in columns.items()}
-    layer, head, query, key, against = place
+    assert target.query is not None
     return AttentionScore(
         tokens=tokens,
         dictionaries=tuple(points),
         **{name: nodes[name].astype(np.int64) for name in ("kinds", "layers", "positions", "sources", "features")},
         activations=nodes["activations"].astype(np.float32),
-        layer=layer,
-        head=head,
-        query=query,
-        key=key,
-        against=against,
+        layer=target.layer,
+        head=target.head,
+        query=target.query,
+        key=target.key,
+        against=target.against,
         score=split.score,
         offset=split.offset,
         queries=split.queries[reach].astype(np.float32),

@@ -14,8 +14,8 @@ from saelab.circuits.graph_scores import EdgeList, SupernodeGraph, choose_kept, 
 from saelab.stores.results import Result, format_table
 from saelab.stores.validation import naming, read_json, refuse_unknown, require_object
 
-NodeKind = Literal["embedding", "feature", "error", "bias", "logit"]
-KINDS: tuple[NodeKind, ...] = ("embedding", "feature", "error", "bias", "logit")
+NodeKind = Literal["embedding", "feature", "error", "bias", "logit", "score"]
+KINDS: tuple[NodeKind, ...] = ("embedding", "feature", "error", "bias", "logit", "score")
 N_SHOWN = 10
 SCORES = ("replacement_score", "completeness_score")
 """what a file has besides the fields"""
@@ -32,15 +32,15 @@ class NodeTable(Result):
     kinds: Int[np.ndarray, "n_nodes"] = field(repr=False)
     """index in `KINDS`"""
     layers: Int[np.ndarray, "n_nodes"] = field(repr=False)
-    """layer of the node; -1 for embeddings, the number of layers for logits"""
+    """layer of the node, of a score the head's; -1 for embeddings, the number of layers for logits"""
     positions: Int[np.ndarray, "n_nodes"] = field(repr=False)
     """token that the node belongs to"""
     sources: Int[np.ndarray, "n_nodes"] = field(repr=False)
-    """index in `dictionaries`; -1 for embeddings and logits, for what an MLP without a dictionary writes (an error),
+    """index in `dictionaries`; -1 for embeddings, logits and scores, for what an MLP without a dictionary writes (an error),
     and for the bias that stands for all biases of the model and the encoders
     """
     features: Int[np.ndarray, "n_nodes"] = field(repr=False)
-    """latent of the dictionary; token id for embeddings and logits; -1 for errors and biases"""
+    """latent of the dictionary; token id for embeddings and logits; head of a score; -1 for errors and biases"""
     activations: Float[np.ndarray, "n_nodes"] = field(repr=False)
     """z of features, probability of logits, 1 for the others"""
 
@@ -78,19 +78,19 @@ class AttributionGraph(NodeTable):
     model: str
     """name of the model"""
     values: Float[np.ndarray, "n_nodes"] = field(repr=False)
-    """what the edges into the node sum to: its pre-activation, or its logit less the mean of all; 0 for nodes that
-    nothing leads to"""
+    """what the edges into the node sum to: its pre-activation, its logit less the mean of all, or its score; 0 for nodes
+    that nothing leads to"""
     edge_sources: Int[np.ndarray, "n_edges"] = field(repr=False)
     edge_targets: Int[np.ndarray, "n_edges"] = field(repr=False)
     edge_weights: Float[np.ndarray, "n_edges"] = field(repr=False)
     """direct effect of the source on the target's value"""
     target_weights: Float[np.ndarray, "n_nodes"] | None = field(default=None, repr=False)
-    """weight of each node as a target that was asked for, in influence: the probability of a logit, 1 for a feature, 0
-    for all others; None takes the probabilities of logits"""
+    """weight of each node as a target that was asked for, in influence: the probability of a logit, 1 for a feature or a
+    score, 0 for all others; None takes the probabilities of logits"""
     slopes: Float[np.ndarray, "n_nodes"] | None = field(default=None, repr=False)
     """derivative of z by the pre-activation, of features; None is 1"""
     logit_tokens: tuple[str, ...] = field(default=(), repr=False)
-    """text of each logit's token, in the order of the nodes"""
+    """text of each logit's token, or a score in words, in the order of the nodes"""
     completeness_error: float = float("nan")
     """largest difference between a target's value and the sum of its edges, relative to the value, or to the mean
     magnitude of the values of its dictionary where that is larger"""
@@ -250,7 +250,7 @@ class AttributionGraph(NodeTable):
         for name in PER_NODE:
             value = getattr(self, name)
             changed[name] = None if value is None else value[nodes]
-        logits = np.flatnonzero(self.is_kind("logit"))
+        logits = np.flatnonzero(self.is_kind("logit", "score"))
         texts = tuple(text for node, text in zip(logits, self.logit_tokens, strict=False) if nodes[node])
         return replace(
             self,
@@ -292,10 +292,13 @@ class AttributionGraph(NodeTable):
 
     def describe(self, node: int) -> str:
         """A node in words: its kind, layer or hook point, feature and token; of a logit its token alone."""
-        if not self.is_kind("logit")[node]:
+        if not self.is_kind("logit", "score")[node]:
             return super().describe(node)
-        rank, feature = int(self.is_kind("logit")[:node].sum()), int(self.features[node])
-        return f"logit {self.logit_tokens[rank]!r}" if rank < len(self.logit_tokens) else f"logit token {feature}"
+        rank, feature = int(self.is_kind("logit", "score")[:node].sum()), int(self.features[node])
+        text = self.logit_tokens[rank] if rank < len(self.logit_tokens) else None
+        if self.is_kind("score")[node]:
+            return f"score of {text or f'head {int(self.layers[node])}.{feature}'}"
+        return f"logit token {feature}" if text is None else f"logit {text!r}"
 
     def to_dict(self) -> dict[str, Any]:
         """Every field and the scores, ready for JSON; numbers of float32 as short as they can be."""

@@ -20,7 +20,11 @@ from saelab.sae.sae import SAE
 
 LOGITS = -1
 """in the place of a dictionary"""
-EMBEDDING, FEATURE, ERROR, BIAS, LOGIT = range(len(KINDS))
+EMBEDDING, FEATURE, ERROR, BIAS, LOGIT, SCORE = range(len(KINDS))
+TOLERANCE = 1e-4
+"""largest difference of a sum of effects from the value, relative to it"""
+HALF_TOLERANCE = 0.05
+"""the same for models in half precision, whose products are rounded after the third digit"""
 
 
 @dataclass(frozen=True, eq=False)
