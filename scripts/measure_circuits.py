@@ -23,10 +23,10 @@ othello: SAEs of what attention and MLP of blocks 0 to 2 write.
     flipped        features of an MLP that tell a flipped square: share of positive contributions by kind of source;
                    of those of features, share from features of the same square, and with the squares permuted
 
-heads: subspaces of 8 directions; z of the overlap of the pair of heads that looks most some tokens back and most at what
-came as many tokens after the same token, on random tokens that are repeated, and its rank among all pairs; rho of such
-looks and the overlap; share of pairs above what 5 % of random subspaces have, and the
-same in the same model with random weights.
+heads: subspaces of 8 directions; z of the overlap of the pair of heads that looks most some tokens back and most at
+what came as many tokens after the same token, on random tokens that are repeated, and its rank among all pairs; rho of
+such looks and the overlap; share of pairs above what 5 % of random subspaces have, and the same in the same model with
+random weights.
 """
 
 import argparse
@@ -255,9 +255,12 @@ def measure_parity(
                 model, saes, ids, head=(2, head), query=query, key=query - 2, against=query - 1, allow_missing=True
             )
             score.append(one.score)
-            for _, i, j in [top for top in one.top_pairs(400) if one.is_kind("feature")[[top[1], top[2]]].all()]:
+            is_feature = one.is_kind("feature")
+            pairs = np.where(is_feature[:, None] & is_feature, one.pairs, 0)
+            for place in np.argsort(-np.abs(pairs), axis=None)[:200]:
+                i, j = divmod(int(place), len(one))
                 sign = 1 if one.positions[j] == query - 2 else -1
-                values.append(float(one.pairs[i, j]))
+                values.append(float(pairs[i, j]))
                 where.append([(one.dictionaries[one.sources[k]], int(one.features[k])) for k in (i, j)])
                 labels.append(sign)
         found[f"head {head}"] = {
@@ -389,8 +392,8 @@ def make_copier(seed: int, steps: int) -> Any:
 
 @torch.no_grad()
 def read_looks(model: Any, first: int, seed: int) -> tuple[Tensor, Tensor]:
-    """(5, n_layers, n_heads) of attention on repeated tokens: d = 1 to 5 tokens back, and to what came d tokens after the
-    same token.
+    """(5, n_layers, n_heads) of attention on repeated tokens: d = 1 to 5 tokens back, and to what came d tokens after
+    the same token.
     """
     generator, n = torch.Generator().manual_seed(seed), 12
     half = torch.randint(first, model.cfg.d_vocab, (16, n), generator=generator)
@@ -437,10 +440,8 @@ def measure_heads(args: argparse.Namespace, seed: int) -> dict[str, Row]:
             "above": found.above_frac,
             "above, random": null.above_frac,
         }
-        print(
-            f"seed {seed}, {name}, {tuple(map(int, pair))}: { ({key: round(value, 3) for key, value in rows[name].items()}) }",
-            flush=True,
-        )
+        shown = {key: round(value, 3) for key, value in rows[name].items()}
+        print(f"seed {seed}, {name}, {tuple(map(int, pair))}: {shown}", flush=True)
     return rows
 
 

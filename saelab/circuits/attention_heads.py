@@ -57,7 +57,7 @@ def split_by_head(
 ) -> HeadEffects:
     """The direct effects on a feature or a logit through the attention of a layer, split into those through each head.
 
-        A_ts through head h = sum over tokens q, p of a^h_qp <w_tq, W_O^h W_V^h norm(x_p)>     for what s writes into x_p
+        A_ts through head h = sum over tokens q, p of a^h_qp <w_tq, W_O^h W_V^h norm(x_p)>    for what s writes into x_p
 
     with the pattern a^h and the norm's scale frozen, and w_tq the gradient of the target by the attention's output at
     q: for a feature of that output's SAE the encoder's row, at its own token.

@@ -79,8 +79,8 @@ class AttentionScore(NodeTable):
     keys: Float[np.ndarray, "n_nodes d_head"] = field(repr=False)
     """the same for the key, less that of `against`"""
     completeness_error: float
-    """difference of the score and its parts' sum, relative to the score, or to what queries and keys of this length give
-    on average where that is larger"""
+    """difference of the score and its parts' sum, relative to the score, or to what queries and keys of this length
+    give on average where that is larger"""
 
     @property
     def pairs(self) -> Float[np.ndarray, "n_nodes n_nodes"]:
@@ -274,7 +274,7 @@ def _build(
     """The nodes that reach the query or the key, the biases of the model last."""
     columns = effects.list_sources(points)
     del columns["slopes"]
-    own: dict[str, Any] = {name: -1 for name in columns} | {"kinds": BIAS, "positions": 0, "activations": 1}
+    own: dict[str, Any] = dict.fromkeys(columns, -1) | {"kinds": BIAS, "positions": 0, "activations": 1}
     reach = np.append(split.queries[:-1].any(1) | split.keys[:-1].any(1), True)
     nodes = {name: np.append(column, own[name])[reach] for name, column in columns.items()}
     assert target.query is not None

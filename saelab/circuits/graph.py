@@ -36,8 +36,8 @@ class NodeTable(Result):
     positions: Int[np.ndarray, "n_nodes"] = field(repr=False)
     """token that the node belongs to"""
     sources: Int[np.ndarray, "n_nodes"] = field(repr=False)
-    """index in `dictionaries`; -1 for embeddings, logits and scores, for what an MLP without a dictionary writes (an error),
-    and for the bias that stands for all biases of the model and the encoders
+    """index in `dictionaries`; -1 for embeddings, logits and scores, for what an MLP without a dictionary writes (an
+    error), and for the bias that stands for all biases of the model and the encoders
     """
     features: Int[np.ndarray, "n_nodes"] = field(repr=False)
     """latent of the dictionary; token id for embeddings and logits; head of a score; -1 for errors and biases"""
@@ -78,15 +78,15 @@ class AttributionGraph(NodeTable):
     model: str
     """name of the model"""
     values: Float[np.ndarray, "n_nodes"] = field(repr=False)
-    """what the edges into the node sum to: its pre-activation, its logit less the mean of all, or its score; 0 for nodes
-    that nothing leads to"""
+    """what the edges into the node sum to: its pre-activation, its logit less the mean of all, or its score; 0 for
+    nodes that nothing leads to"""
     edge_sources: Int[np.ndarray, "n_edges"] = field(repr=False)
     edge_targets: Int[np.ndarray, "n_edges"] = field(repr=False)
     edge_weights: Float[np.ndarray, "n_edges"] = field(repr=False)
     """direct effect of the source on the target's value"""
     target_weights: Float[np.ndarray, "n_nodes"] | None = field(default=None, repr=False)
-    """weight of each node as a target that was asked for, in influence: the probability of a logit, 1 for a feature or a
-    score, 0 for all others; None takes the probabilities of logits"""
+    """weight of each node as a target that was asked for, in influence: the probability of a logit, 1 for a feature or
+    a score, 0 for all others; None takes the probabilities of logits"""
     slopes: Float[np.ndarray, "n_nodes"] | None = field(default=None, repr=False)
     """derivative of z by the pre-activation, of features; None is 1"""
     logit_tokens: tuple[str, ...] = field(default=(), repr=False)

@@ -97,18 +97,13 @@ def write_graph_json(
         listed: whether to add the graph to `graph-metadata.json` beside it, where circuit-tracer's server looks.
 
     Raises:
-        ValueError: `slug` or `scan` has other characters, a weight or value is not finite, `view` has nodes of another
-            graph, or `labels` has other hook points.
+        ValueError: `slug` or `scan` has other characters, a weight or value is not finite, the graph is of a score of
+            attention, `view` has nodes of another graph, or `labels` has other hook points.
     """
     path, view = Path(path), view or GraphView()
     view.require_nodes(graph)
     slug = _check_name(slug, "slug") or as_file_name(path.stem)
     scan = _check_name(scan, "scan") or as_file_name(shareable(graph.model).rpartition("/")[2])
-    if graph.is_kind("score").any():
-        raise ValueError(
-            "A graph must lead to logits or features to be written for these pages, got one of a score of attention, for "
-            "which they have no node. Keep it by `save`."
-        )
     for name in ("edge_weights", "values"):
         if not np.isfinite(getattr(graph, name)).all():
             raise ValueError(f"`{name}` must be finite to be written as JSON, got NaN or an infinity. Trace again.")

@@ -59,7 +59,7 @@ class HeadOverlap(Result):
     def __str__(self) -> str:
         head = (
             f"{self.reads} of a head and output of one before it, subspaces of {self.rank} dimensions: random ones "
-            f"overlap by {self.chance:.3f} (95 % below {self.chance_95:.3f}), {self.above_frac:.0%} of the pairs by more"
+            f"overlap by {self.chance:.3f} (95 % below {self.chance_95:.3f}), {self.above_frac:.0%} of pairs by more"
         )
         rows = [
             [f"{value:.3f}", f"{(value - self.chance) / self.chance_std:+.1f}", f"{a}.{b}", f"{c}.{d}"]
@@ -182,8 +182,8 @@ class _Layer:
             return _Maps(written, values)
         if terms is None:
             raise ValueError(
-                f"Scores must be products of queries and keys by `torch.matmul` or fused attention to tell what a {reads} "
-                f"reads, got others in layer {layer}. Compare with reads='value'."
+                "Scores must be products of queries and keys by `torch.matmul` or fused attention to tell what they read, "
+                f"got others in layer {layer}. Compare with reads='value'."
             )
         of = terms.queries if reads == "query" else terms.keys
         found = _differentiate(of, x).reshape(of.shape[1], -1, x.numel())

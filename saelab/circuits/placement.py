@@ -135,7 +135,8 @@ def place_dictionaries(
     if not allow_missing and (missing := [layer for layer, _ in others if below is None or layer < below]):
         which = f"all {n_layers} layers" if below is None else f"the layers below {below}"
         raise ValueError(
-            f"Transcoders must cover the MLPs of {which}, got none for {missing}. Give more, or allow_missing=True, which takes what these MLPs write for errors."
+            f"Transcoders must cover the MLPs of {which}, got none for {missing}. Give more, or allow_missing=True, "
+            "which takes what these MLPs write for errors."
         )
     return Placement(tuple(found), tuple(others), f"{stack}.0.hook_in")
 

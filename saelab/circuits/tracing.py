@@ -13,7 +13,6 @@ from saelab.circuits.attention_scores import ScoreSplit, ScoreTarget, find_atten
 from saelab.circuits.graph import KINDS, AttributionGraph
 from saelab.circuits.linear_effects import (
     BIAS,
-    EMBEDDING,
     ERROR,
     FEATURE,
     HALF_TOLERANCE,

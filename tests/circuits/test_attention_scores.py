@@ -155,7 +155,7 @@ def test_a_planted_pair_is_found_and_none_where_nothing_is_repeated(tmp_path) ->
     assert value > 0.8 * found.score > 0 and found.completeness_error < 1e-5
     assert int(np.argmax(found.by_query)) == i and int(np.argmax(found.by_key)) == j
     other = attention_score(model, saes, "a b c d e f", head=COPIES, key=2, against=4, allow_missing=True)
-    assert other.describe(i) != f"embedding at 6 ' a'" and abs(other.score) < found.score / 4
+    assert other.describe(i) != "embedding at 6 ' a'" and abs(other.score) < found.score / 4
     quiet = attention_score(model, saes, "a b c d e a", head=(1, 1), key=2, against=4, allow_missing=True)
     assert abs(quiet.score) < found.score / 10
     assert found.describe(i) in str(found).splitlines()[2] and "+0.000" not in str(found)
