@@ -182,8 +182,8 @@ class _Layer:
             return _Maps(written, values)
         if terms is None:
             raise ValueError(
-                "Scores must be products of queries and keys by `torch.matmul` or fused attention to tell what they read, "
-                f"got others in layer {layer}. Compare with reads='value'."
+                "Scores must be products of queries and keys by `torch.matmul` or fused attention to say what these "
+                f"read, got others in layer {layer}. Compare with reads='value'."
             )
         of = terms.queries if reads == "query" else terms.keys
         found = _differentiate(of, x).reshape(of.shape[1], -1, x.numel())
