@@ -6,7 +6,12 @@ from saelab._lazy import attach
 
 if TYPE_CHECKING:
     from saelab.circuits.attention_heads import HeadEffects as HeadEffects, split_by_head as split_by_head
-    from saelab.circuits.graph import AttributionGraph as AttributionGraph
+    from saelab.circuits.attention_scores import (
+        AttentionScore as AttentionScore,
+        ScoreTarget as ScoreTarget,
+        attention_score as attention_score,
+    )
+    from saelab.circuits.graph import AttributionGraph as AttributionGraph, NodeTable as NodeTable
     from saelab.circuits.graph_files import make_node_ids as make_node_ids, write_graph_json as write_graph_json
     from saelab.circuits.graph_reading import (
         GraphFile as GraphFile,
@@ -23,8 +28,10 @@ if TYPE_CHECKING:
     from saelab.circuits.graph_views import (
         GraphView as GraphView,
         NodeLabels as NodeLabels,
+        group_by_label as group_by_label,
         influence_shares as influence_shares,
     )
+    from saelab.circuits.head_overlap import HeadOverlap as HeadOverlap, Read as Read, head_overlap as head_overlap
     from saelab.circuits.tracing import trace as trace
 
 __getattr__, __dir__, __all__ = attach(__name__)

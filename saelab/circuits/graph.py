@@ -10,68 +10,39 @@ from typing import Any, Literal
 import numpy as np
 from jaxtyping import Float, Int
 
-from saelab.circuits.graph_scores import EdgeList, SupernodeGraph, choose_kept
+from saelab.circuits.graph_scores import EdgeList, SupernodeGraph, choose_kept, follow_back
 from saelab.stores.results import Result, format_table
 from saelab.stores.validation import naming, read_json, refuse_unknown, require_object
 
-NodeKind = Literal["embedding", "feature", "error", "bias", "logit"]
-KINDS: tuple[NodeKind, ...] = ("embedding", "feature", "error", "bias", "logit")
+NodeKind = Literal["embedding", "feature", "error", "bias", "logit", "score"]
+KINDS: tuple[NodeKind, ...] = ("embedding", "feature", "error", "bias", "logit", "score")
 N_SHOWN = 10
 SCORES = ("replacement_score", "completeness_score")
 """what a file has besides the fields"""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class AttributionGraph(Result):
-    """Result of `trace`: nodes and the direct effects between them, on one prompt.
+class NodeTable(Result):
+    """Nodes of a prompt: embeddings, features, errors and biases. Entry i of each array of nodes is node i."""
 
-    Entry i of each array of nodes is node i. Nodes are in the order in which the model computes them, so that a source
-    comes before its targets. In the model whose attention patterns and norm scales are frozen at the prompt's, an edge
-    is what its target's value loses when its source is taken away, everything else that is written held fixed.
-    """
-
-    prompt: str
-    """the text"""
     tokens: tuple[str, ...]
     """the tokens of the prompt, as text"""
-    token_ids: Int[np.ndarray, "n_tokens"] = field(repr=False)
-    model: str
-    """name of the model"""
     dictionaries: tuple[str, ...]
     """hook point that each dictionary writes to, in the order of the model"""
     kinds: Int[np.ndarray, "n_nodes"] = field(repr=False)
     """index in `KINDS`"""
     layers: Int[np.ndarray, "n_nodes"] = field(repr=False)
-    """layer of the node; -1 for embeddings, the number of layers for logits"""
+    """layer of the node, of a score the head's; -1 for embeddings, the number of layers for logits"""
     positions: Int[np.ndarray, "n_nodes"] = field(repr=False)
     """token that the node belongs to"""
     sources: Int[np.ndarray, "n_nodes"] = field(repr=False)
-    """index in `dictionaries`; -1 for embeddings and logits, for what an MLP without a transcoder writes (an error),
-    and for the bias that stands for all biases of the model and the encoders
+    """index in `dictionaries`; -1 for embeddings, logits and scores, for what an MLP without a dictionary writes (an
+    error), and for the bias that stands for all biases of the model and the encoders
     """
     features: Int[np.ndarray, "n_nodes"] = field(repr=False)
-    """latent of the dictionary; token id for embeddings and logits; -1 for errors and biases"""
+    """latent of the dictionary; token id for embeddings and logits; head of a score; -1 for errors and biases"""
     activations: Float[np.ndarray, "n_nodes"] = field(repr=False)
     """z of features, probability of logits, 1 for the others"""
-    values: Float[np.ndarray, "n_nodes"] = field(repr=False)
-    """what the edges into the node sum to: its pre-activation, or its logit less the mean of all; 0 for nodes that
-    nothing leads to"""
-    edge_sources: Int[np.ndarray, "n_edges"] = field(repr=False)
-    edge_targets: Int[np.ndarray, "n_edges"] = field(repr=False)
-    edge_weights: Float[np.ndarray, "n_edges"] = field(repr=False)
-    """direct effect of the source on the target's value"""
-    target_weights: Float[np.ndarray, "n_nodes"] | None = field(default=None, repr=False)
-    """weight of each node as a target that was asked for, in influence: the probability of a logit, 1 for a feature, 0
-    for all others; None takes the probabilities of logits"""
-    slopes: Float[np.ndarray, "n_nodes"] | None = field(default=None, repr=False)
-    """derivative of z by the pre-activation, of features; None is 1"""
-    logit_tokens: tuple[str, ...] = field(default=(), repr=False)
-    """text of each logit's token, in the order of the nodes"""
-    completeness_error: float = float("nan")
-    """largest difference between a target's value and the sum of its edges, relative to the value, or to the mean
-    magnitude of the values of its dictionary where that is larger"""
-    n_left_out: int = 0
-    """features that fired beyond `max_features`: they are parts of the errors at their place"""
 
     def __len__(self) -> int:
         return len(self.kinds)
@@ -79,6 +50,52 @@ class AttributionGraph(Result):
     def is_kind(self, *kinds: NodeKind) -> np.ndarray:
         """Mask of the nodes of one of these kinds."""
         return np.isin(self.kinds, [KINDS.index(kind) for kind in kinds])
+
+    def describe(self, node: int) -> str:
+        """A node in words: its kind, layer or hook point, feature and token."""
+        kind, source = KINDS[int(self.kinds[node])], int(self.sources[node])
+        position, feature = int(self.positions[node]), int(self.features[node])
+        token = f"{position} {self.tokens[position]!r}" if 0 <= position < len(self.tokens) else str(position)
+        if kind == "bias" and source < 0:
+            return "biases of the model"
+        place = self.dictionaries[source] if source >= 0 else f"MLP {int(self.layers[node])}"
+        of = {"embedding": "", "feature": f" {feature} of {place}"}.get(kind, f" of {place}")
+        return f"{kind}{of} at {token}"
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class AttributionGraph(NodeTable):
+    """Result of `trace`: nodes and the direct effects between them, on one prompt.
+
+    Nodes are in the order in which the model computes them, so that a source
+    comes before its targets. In the model whose attention patterns and norm scales are frozen at the prompt's, an edge
+    is what its target's value loses when its source is taken away, everything else that is written held fixed.
+    """
+
+    prompt: str
+    """the text"""
+    token_ids: Int[np.ndarray, "n_tokens"] = field(repr=False)
+    model: str
+    """name of the model"""
+    values: Float[np.ndarray, "n_nodes"] = field(repr=False)
+    """what the edges into the node sum to: its pre-activation, its logit less the mean of all, or its score; 0 for
+    nodes that nothing leads to"""
+    edge_sources: Int[np.ndarray, "n_edges"] = field(repr=False)
+    edge_targets: Int[np.ndarray, "n_edges"] = field(repr=False)
+    edge_weights: Float[np.ndarray, "n_edges"] = field(repr=False)
+    """direct effect of the source on the target's value"""
+    target_weights: Float[np.ndarray, "n_nodes"] | None = field(default=None, repr=False)
+    """weight of each node as a target that was asked for, in influence: the probability of a logit, 1 for a feature or
+    a score, 0 for all others; None takes the probabilities of logits"""
+    slopes: Float[np.ndarray, "n_nodes"] | None = field(default=None, repr=False)
+    """derivative of z by the pre-activation, of features; None is 1"""
+    logit_tokens: tuple[str, ...] = field(default=(), repr=False)
+    """text of each logit's token, or a score in words, in the order of the nodes"""
+    completeness_error: float = float("nan")
+    """largest difference between a target's value and the sum of its edges, relative to the value, or to the mean
+    magnitude of the values of its dictionary where that is larger"""
+    n_left_out: int = 0
+    """features that fired beyond `max_features`: they are parts of the errors at their place"""
 
     @cached_property
     def start(self) -> Float[np.ndarray, "n_nodes"]:
@@ -199,6 +216,26 @@ class AttributionGraph(Result):
         chosen[np.flatnonzero(of_all)[kept]] = True
         return self.select(keep, chosen)
 
+    def follow(self, share: float = 0.8, target: int | None = None) -> "AttributionGraph":
+        """The graph found from a target back: of each node reached, the fewest inputs with this share of its inputs.
+
+        The first step keeps the target's contributors, the next theirs, down to embeddings, errors and biases, which
+        count as inputs here. Unlike `prune` it weighs each node by itself, however little of the target comes through.
+        Source: arXiv:2402.12201.
+
+        Args:
+            share: share of the sum of a node's inputs, by magnitude, in (0, 1].
+            target: node to begin with; None are all targets that were asked for.
+        """
+        if not 0 < share <= 1:
+            raise ValueError(f"`share` must be a share in (0, 1], got {share}.")
+        targets = self.start > 0
+        if target is not None:
+            if not 0 <= target < len(self):
+                raise ValueError(f"`target` must be a node in 0..{len(self) - 1}, got {target}.")
+            targets = np.arange(len(self)) == target
+        return self.select(*follow_back(self.edges, targets, share))
+
     def select(self, nodes: np.ndarray, edges: np.ndarray | None = None) -> "AttributionGraph":
         """The graph of some nodes and the edges between them.
 
@@ -213,7 +250,7 @@ class AttributionGraph(Result):
         for name in PER_NODE:
             value = getattr(self, name)
             changed[name] = None if value is None else value[nodes]
-        logits = np.flatnonzero(self.is_kind("logit"))
+        logits = np.flatnonzero(self.is_kind("logit", "score"))
         texts = tuple(text for node, text in zip(logits, self.logit_tokens, strict=False) if nodes[node])
         return replace(
             self,
@@ -254,19 +291,14 @@ class AttributionGraph(Result):
         )
 
     def describe(self, node: int) -> str:
-        """A node in words: its kind, layer or hook point, feature and token."""
-        kind, source = KINDS[int(self.kinds[node])], int(self.sources[node])
-        position, feature = int(self.positions[node]), int(self.features[node])
-        token = f"{position} {self.tokens[position]!r}" if 0 <= position < len(self.tokens) else str(position)
-        if kind == "logit":
-            rank = int(self.is_kind("logit")[:node].sum())
-            name = repr(self.logit_tokens[rank]) if rank < len(self.logit_tokens) else f"token {feature}"
-            return f"logit {name}"
-        if kind == "bias" and source < 0:
-            return "biases of the model"
-        place = self.dictionaries[source] if source >= 0 else f"MLP {int(self.layers[node])}"
-        of = {"embedding": "", "feature": f" {feature} of {place}"}.get(kind, f" of {place}")
-        return f"{kind}{of} at {token}"
+        """A node in words: its kind, layer or hook point, feature and token; of a logit its token alone."""
+        if not self.is_kind("logit", "score")[node]:
+            return super().describe(node)
+        rank, feature = int(self.is_kind("logit", "score")[:node].sum()), int(self.features[node])
+        text = self.logit_tokens[rank] if rank < len(self.logit_tokens) else None
+        if self.is_kind("score")[node]:
+            return f"score of {text or f'head {int(self.layers[node])}.{feature}'}"
+        return f"logit token {feature}" if text is None else f"logit {text!r}"
 
     def to_dict(self) -> dict[str, Any]:
         """Every field and the scores, ready for JSON; numbers of float32 as short as they can be."""

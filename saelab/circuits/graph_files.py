@@ -97,8 +97,8 @@ def write_graph_json(
         listed: whether to add the graph to `graph-metadata.json` beside it, where circuit-tracer's server looks.
 
     Raises:
-        ValueError: `slug` or `scan` has other characters, a weight or value is not finite, `view` has nodes of another
-            graph, or `labels` has other hook points.
+        ValueError: `slug` or `scan` has other characters, a weight or value is not finite, the graph is of a score of
+            attention, `view` has nodes of another graph, or `labels` has other hook points.
     """
     path, view = Path(path), view or GraphView()
     view.require_nodes(graph)

@@ -100,6 +100,28 @@ def choose_kept(
         kept = kept & keep[edges.sources] & keep[edges.targets]
 
 
+def follow_back(
+    edges: EdgeList, targets: Bool[np.ndarray, "n_nodes"], share: float
+) -> tuple[Bool[np.ndarray, "n_nodes"], Bool[np.ndarray, "n_edges"]]:
+    """Nodes and edges found from the targets back: of each node reached, the fewest inputs that have a share of it.
+
+    Args:
+        edges: all edges.
+        targets: nodes to begin with.
+        share: share of the sum of a node's inputs, by magnitude, that those kept have.
+    """
+    order = np.argsort(edges.targets, kind="stable")
+    bounds = np.searchsorted(edges.targets[order], np.arange(edges.n + 1))
+    reached, kept = targets.copy(), np.zeros(len(edges.weights), bool)
+    for node in range(edges.n - 1, -1, -1):  # a source comes before its target
+        into = order[bounds[node] : bounds[node + 1]]
+        if reached[node] and len(into):
+            chosen = into[keep_largest(np.abs(edges.weights[into].astype(np.float64)), share)]
+            kept[chosen] = True
+            reached[edges.sources[chosen]] = True
+    return reached, kept
+
+
 @dataclass(frozen=True, kw_only=True, eq=False)
 class SupernodeGraph(Result):
     """Result of `AttributionGraph.group`: supernodes, and the sums of the edges between their nodes.

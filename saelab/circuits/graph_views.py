@@ -8,6 +8,7 @@ import numpy as np
 from jaxtyping import Float
 
 from saelab.circuits.graph import KINDS, AttributionGraph, NodeKind
+from saelab.circuits.graph_scores import SupernodeGraph
 from saelab.stores.feature_names import FeatureNames, name_sides
 from saelab.stores.results import Result
 
@@ -126,6 +127,23 @@ def name_nodes(graph: AttributionGraph, labels: NodeLabels | None = None) -> lis
             text = named[graph.dictionaries[source]](feature, -1 if graph.activations[node] < 0 else 1)
         found.append(text)
     return found
+
+
+def group_by_label(graph: AttributionGraph, labels: NodeLabels) -> SupernodeGraph:
+    """The graph whose supernodes are the labels: features of one label are joined, whatever their token and layer.
+
+    Edges between features of one label are inside their supernode, and not shown. Features without a label, and all
+    other nodes, stay alone. Labels of negative codes are named as in `name_nodes`.
+
+    Args:
+        graph: the graph, pruned or not.
+        labels: for each hook point of the graph's dictionaries, texts by feature or a label store; some may be missing.
+
+    Raises:
+        ValueError: a hook point of none of the dictionaries.
+    """
+    names, is_feature = name_nodes(graph, labels), graph.is_kind("feature")
+    return graph.group([name if own else "" for name, own in zip(names, is_feature.tolist(), strict=True)])
 
 
 def _name_features(graph: AttributionGraph, source: int, labels: FeatureNames) -> Callable[[int, float | int], str]:

@@ -12,6 +12,7 @@ from torch import Tensor
 from saelab.circuits.frozen_model import FrozenModel
 from saelab.circuits.graph import KINDS
 from saelab.circuits.placement import PARTS, PlacedDictionary, Placement
+from saelab.lm.freezing import ScoreTerms, ScoreWatch
 from saelab.lm.hooks import capture
 from saelab.lm.model_checks import Model, find_known_ids
 from saelab.lm.unwrapped import Tap
@@ -19,7 +20,11 @@ from saelab.sae.sae import SAE
 
 LOGITS = -1
 """in the place of a dictionary"""
-EMBEDDING, FEATURE, ERROR, BIAS, LOGIT = range(len(KINDS))
+EMBEDDING, FEATURE, ERROR, BIAS, LOGIT, SCORE = range(len(KINDS))
+TOLERANCE = 1e-4
+"""largest difference of a sum of effects from the value, relative to it"""
+HALF_TOLERANCE = 0.05
+"""the same for models in half precision, whose products are rounded after the third digit"""
 
 
 @dataclass(frozen=True, eq=False)
@@ -150,6 +155,8 @@ class Readings:
     constants: list[Tensor]
     watched: dict[str, Tensor]
     """activations at further hook points"""
+    terms: ScoreTerms | None
+    """queries and keys of the attention that is watched"""
 
 
 @dataclass(frozen=True, eq=False)
@@ -182,10 +189,17 @@ class LinearEffects:
     """ids that the tokenizer has a token for: a logit is measured from the mean of theirs"""
     watched: tuple[str, ...] = ()
     """hook points whose activations are kept besides"""
+    attention: tuple[str, str] | None = None
+    """hook points in front of and behind the attention whose queries and keys are kept"""
 
     @classmethod
     def make(
-        cls, model: Model, ids: Int[Tensor, "1 n"], written: Sequence[Written], watched: tuple[str, ...] = ()
+        cls,
+        model: Model,
+        ids: Int[Tensor, "1 n"],
+        written: Sequence[Written],
+        watched: tuple[str, ...] = (),
+        attention: tuple[str, str] | None = None,
     ) -> "LinearEffects":
         """The frozen model of a prompt.
 
@@ -194,11 +208,13 @@ class LinearEffects:
             ids: the prompt.
             written: what is written in it.
             watched: hook points whose activations are kept besides.
+            attention: hook points in front of and behind the attention whose queries and keys are kept.
         """
-        points = [one.point for one in written]
-        points += [one.dictionary.read for one in written if one.dictionary is not None]
-        frozen = FrozenModel.make(model, ids, [*points, *watched])
-        return cls(frozen, written, find_known_ids(model).nonzero()[:, 0].to(frozen.ids.device), watched)
+        placed = [one.dictionary for one in written if one.dictionary is not None]
+        points = [*(one.point for one in written), *(one.read for one in placed), *watched, *(attention or ())]
+        frozen = FrozenModel.make(model, ids, points, [one.neurons for one in placed if one.neurons is not None])
+        known = find_known_ids(model).nonzero()[:, 0].to(frozen.ids.device)
+        return cls(frozen, written, known, watched, attention)
 
     @cached_property
     def starts(self) -> list[int]:
@@ -237,9 +253,12 @@ class LinearEffects:
         taps += [(r.dictionary.read, r.keep) for r in read if r.dictionary and r.dictionary.sae.cfg.d_out is not None]
         kept: dict[str, Tensor] = {}
         taps += [(name, partial(_keep, kept, name)) for name in self.watched]
-        logits, found = self.frozen.forward(taps, constants)
+        watch = None if self.attention is None else ScoreWatch()
+        if self.attention is not None and watch is not None:
+            taps += zip(self.attention, (watch.begin, watch.end), strict=True)
+        logits, found = self.frozen.forward(taps, constants, watch=watch)
         centered = {i: reading.centered for i, reading in enumerate(read) if reading.centered is not None}
-        return Readings(centered, logits[0], found, kept)
+        return Readings(centered, logits[0], found, kept, watch.found if watch else None)
 
     def values(self, targets: Targets, readings: Readings) -> Float[np.ndarray, "n_targets"]:
         """Pre-activations, or logits less the mean of all."""
@@ -285,6 +304,38 @@ class LinearEffects:
         latents = targets.features.to(sae.device)
         rows[each.to(rows.device), targets.positions.to(rows.device)] = sae.W_enc.T[latents].detach()
         return output, rows
+
+    def list_sources(self, points: Sequence[str]) -> dict[str, np.ndarray]:
+        """Columns of all sources as nodes: kinds, layers, positions, sources, features, activations and slopes.
+
+        `points` are the hook points of the dictionaries, of which `sources` has the index.
+        """
+        parts: dict[str, list[np.ndarray]] = {}
+        ids = self.frozen.ids[0].cpu().numpy()
+        for place, one in enumerate(self.written):
+            n, kinds, positions = len(one.positions), one.kinds.cpu().numpy(), one.positions.cpu().numpy()
+            columns = {
+                "kinds": kinds,
+                "layers": np.full(n, one.layer),
+                "positions": positions,
+                "sources": np.full(n, -1 if one.dictionary is None else points.index(one.point)),
+                "features": ids[positions] if kinds[0] == EMBEDDING else one.features.cpu().numpy(),
+                "activations": one.z.cpu().numpy(),
+                "slopes": self._find_slopes(place),
+            }
+            for name, column in columns.items():
+                parts.setdefault(name, []).append(column)
+        return {name: np.concatenate(columns) for name, columns in parts.items()}
+
+    def _find_slopes(self, place: int) -> Float[np.ndarray, "n_sources"]:
+        one = self.written[place]
+        slopes, is_feature = np.ones(len(one.positions), np.float32), one.kinds == FEATURE
+        if one.dictionary is not None and is_feature.any():
+            targets = Targets(place, one.positions[is_feature], one.features[is_feature])
+            u = torch.from_numpy(self.values(targets, self.readings)).to(one.dictionary.sae.W_dec)
+            found = one.dictionary.find_slopes(u, targets.features.to(one.dictionary.sae.device))
+            slopes[is_feature.cpu().numpy()] = found.float().cpu().numpy()
+        return slopes
 
     def _sae(self, place: int) -> SAE:
         dictionary = self.written[place].dictionary

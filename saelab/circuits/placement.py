@@ -29,6 +29,8 @@ one such pair for each of its layers
 Part = Literal["input", "attention", "middle", "MLP", "output"]
 PARTS: tuple[Part, ...] = ("input", "attention", "middle", "MLP", "output")
 """of a block, in the order in which it computes them"""
+OUTPUTS = ("hook_mlp_out", "mlp.hook_out", "mlp.out.hook_out")
+"""of an MLP, in a block"""
 _BLOCK = re.compile(r"(?P<stack>\w*blocks)\.(?P<layer>\d+)\.(?P<rest>.+)")
 _STARTS: dict[str, Part] = {
     "hook_in": "input",
@@ -73,6 +75,8 @@ class PlacedDictionary:
     """of what it writes"""
     later: tuple[str, ...] = ()
     """hook points that features of a cross-layer transcoder's layer write to besides: `sae` has them side by side"""
+    neurons: tuple[str, str] | None = None
+    """of an SAE of an MLP's output: hook points in front of and behind the MLP's neurons, whose gates are frozen"""
 
     @property
     def width(self) -> int:
@@ -109,37 +113,52 @@ class Placement:
 
 
 def place_dictionaries(
-    model: Model, given: Dictionaries, *, allow_missing: bool = False, allow_mismatch: bool = False
+    model: Model,
+    given: Dictionaries,
+    *,
+    allow_missing: bool = False,
+    allow_mismatch: bool = False,
+    below: int | None = None,
 ) -> Placement:
     """Where each dictionary reads and writes, checked before the model runs.
 
     Args:
         model: the language model.
         given: transcoders, also cross-layer ones, and SAEs, or by hook point.
-        allow_missing: accept layers whose MLP no transcoder replaces.
+        allow_missing: accept layers whose MLP no dictionary replaces.
         allow_mismatch: accept dictionaries of another model, weight processing or hook point.
+        below: the first layer whose MLP needs no dictionary; None is none.
 
     Raises:
-        ValueError: for an SAE of an MLP's output, a transcoder between two blocks, two dictionaries of one place,
-            layers without a transcoder, another model or other weights, an encoder that is not one linear map, and a
-            width that is not the model's.
+        ValueError: for an SAE of an MLP's output whose neurons cannot be told, a transcoder between two blocks, two
+            dictionaries of one place, layers without a dictionary of their MLP, another model or other weights, an
+            encoder that is not one linear map, and a width that is not the model's.
     """
     found: list[PlacedDictionary] = []
-    for one, names in _list_given(given):
-        placed = _place_layers if isinstance(one, CLT) else _place
-        found += placed(model, one, names, allow_mismatch)  # type: ignore[operator]
+    for each, names in _list_given(given):
+        if isinstance(each, CLT):
+            found += _place_layers(model, each, names, allow_mismatch)
+        else:
+            found += _place(model, each, names, allow_mismatch)
     points = hook_points_of(model).points
     for i, one in enumerate(found):
         if any(points[one.write] is points[other.write] for other in found[:i]):
             raise ValueError(f"A hook point must have one dictionary, got two for '{one.write}'; leave one out.")
-    stack, n_layers = _find_stack(model)
+    stack, n_layers = find_stack(model)
     found.sort(key=lambda one: (one.place.layer, PARTS.index(one.place.part)))
-    covered = {one.place.layer for one in found if one.sae.cfg.d_out is not None and one.place.part != "attention"}
-    others = [(layer, name) for layer in range(n_layers) if layer not in covered if (name := _mlp(model, stack, layer))]
-    if others and not allow_missing:
+    covered = {
+        one.place.layer
+        for one in found
+        if (one.sae.cfg.d_out is not None and one.place.part != "attention") or one.place.part == "MLP"
+    }
+    others = [
+        (layer, name) for layer in range(n_layers) if layer not in covered if (name := find_mlp(model, stack, layer))
+    ]
+    if not allow_missing and (missing := [layer for layer, _ in others if below is None or layer < below]):
+        which = f"all {n_layers} layers" if below is None else f"the layers below {below}"
         raise ValueError(
-            f"Transcoders must cover the MLPs of all {n_layers} layers, got none for {[layer for layer, _ in others]}. "
-            "Give more, or allow_missing=True, which takes what these MLPs write for errors."
+            f"Transcoders must cover the MLPs of {which}, got none for {missing}. Give more, or allow_missing=True, "
+            "which takes what these MLPs write for errors."
         )
     return Placement(tuple(found), tuple(others), f"{stack}.0.hook_in")
 
@@ -198,11 +217,6 @@ def _place(model: Model, sae: SAE, names: str | tuple[str, str] | None, allow_mi
     start, end = _locate(model, read), _locate(model, write)
     if (start.stack, start.layer) != (end.stack, end.layer):
         raise ValueError(f"A transcoder must read and write in one block, got '{read}' and '{write}'.")
-    if sae.cfg.d_out is None and end.part == "MLP":
-        raise ValueError(
-            f"An MLP must be replaced by a transcoder, got an SAE of its output ('{write}'): an MLP is not linear, so "
-            "no effects on such features can be told. Train a transcoder from the MLP's input to its output."
-        )
     if sae.cfg.d_out is not None and PARTS.index(start.part) >= PARTS.index(end.part):
         raise ValueError(f"A transcoder must read before it writes, got '{read}' and '{write}'.")
     for name, place, width in ((read, start, sae.cfg.d_in), (write, end, sae.cfg.d_target)):
@@ -211,7 +225,23 @@ def _place(model: Model, sae: SAE, names: str | tuple[str, str] | None, allow_mi
             raise ValueError(
                 f"A dictionary at '{name}' must have the model's width ({model.cfg.d_model}) there, got {width}."
             )
-    return [PlacedDictionary(sae, read, write, end)]
+    neurons = _find_neurons(model, write, end) if sae.cfg.d_out is None and end.part == "MLP" else None
+    return [PlacedDictionary(sae, read, write, end, neurons=neurons)]
+
+
+def _find_neurons(model: Model, name: str, place: BlockPlace) -> tuple[str, str]:
+    """Hook points in front of and behind the neurons of the MLP at whose output an SAE is."""
+    points, block = hook_points_of(model).points, f"{place.stack}.{place.layer}"
+    pair = (f"{block}.mlp.in.hook_out", f"{block}.mlp.out.hook_in")
+    behind = [f"{block}.{rest}" for rest in (*OUTPUTS, "ln2_post.hook_out")]
+    if any(one not in points for one in pair):
+        raise ValueError(
+            f"An SAE of an MLP's output needs an MLP of one layer of neurons, whose gates can be frozen, got '{name}'. "
+            "Train a transcoder from the MLP's input to its output."
+        )
+    if not any(points[name] is points.get(one) for one in behind):
+        raise ValueError(f"An SAE of an MLP must be one of its output ('{block}.hook_mlp_out'), got '{name}'.")
+    return pair
 
 
 def _has_model_width(name: str, place: BlockPlace) -> bool:
@@ -233,7 +263,7 @@ def _locate(model: Model, name: str) -> BlockPlace:
     )
 
 
-def _find_stack(model: Model) -> tuple[str, int]:
+def find_stack(model: Model) -> tuple[str, int]:
     """Name of the blocks, and how many there are."""
     found = [match for name in hook_points_of(model).points if (match := _BLOCK.fullmatch(name))]
     stacks = {match["stack"] for match in found}
@@ -243,8 +273,8 @@ def _find_stack(model: Model) -> tuple[str, int]:
     return stack, 1 + max(int(match["layer"]) for match in found if match["stack"] == stack)
 
 
-def _mlp(model: Model, stack: str, layer: int) -> str | None:
+def find_mlp(model: Model, stack: str, layer: int) -> str | None:
     """Hook point of what the MLP of a layer writes; None for a block without one."""
     points = hook_points_of(model).points
-    names = [f"{stack}.{layer}.{rest}" for rest in ("hook_mlp_out", "mlp.hook_out", "mlp.out.hook_out")]
+    names = [f"{stack}.{layer}.{rest}" for rest in OUTPUTS]
     return next((name for name in names if name in points), None)

@@ -9,14 +9,17 @@ import numpy as np
 import torch
 from jaxtyping import Float, Int
 
+from saelab.circuits.attention_scores import ScoreSplit, ScoreTarget, find_attention
 from saelab.circuits.graph import KINDS, AttributionGraph
 from saelab.circuits.linear_effects import (
     BIAS,
-    EMBEDDING,
     ERROR,
     FEATURE,
+    HALF_TOLERANCE,
     LOGIT,
     LOGITS,
+    SCORE,
+    TOLERANCE,
     LinearEffects,
     Targets,
     read_written,
@@ -30,12 +33,9 @@ from saelab.lm.tokenizers import token_strings
 MOST_LOGITS, LOGIT_SHARE = 10, 0.95
 N_RANKINGS, MOST_RANKED = 5, 1000
 """features that wait are ranked at least 5 times, at most 1,000 of them followed in between, whatever the batch size"""
-TOLERANCE = 1e-4
-HALF_TOLERANCE = 0.05
-"""the same for models in half precision, whose products are rounded after the third digit"""
 FeatureTarget: TypeAlias = tuple[str, int, int]
 """A feature at a token: hook point that its dictionary writes to, feature, position."""
-TraceTargets: TypeAlias = Literal["top"] | str | int | Sequence[str | int] | FeatureTarget
+TraceTargets: TypeAlias = Literal["top"] | str | int | Sequence[str | int] | FeatureTarget | ScoreTarget
 
 
 @torch.inference_mode(False)  # gradients are needed wherever it is called
@@ -59,21 +59,25 @@ def trace(
     that is left is linear, and the direct effects A_ts on a target, through the residual stream and attention but no
     other dictionary, add up to its value: the pre-activation u_t of a feature that fires, or a logit less the mean of
     all. One gradient a target gives all its edges. Skip connections of transcoders are linear and stay; attention stays
-    linear where no SAE replaces its output. Sources: arXiv:2406.11944, circuit-tracer.
+    linear where no SAE replaces its output. An SAE of an MLP's output reads through the MLP's own weights, the gates of
+    its neurons frozen: post / pre of each, so that an MLP with gates of its own is linear by way of its other factor.
+    A score of attention is a product of a query and a key; half of what each pair of nodes gives counts for either
+    (`attention_score` has the pairs). Sources: arXiv:2406.11944, arXiv:2402.12201, circuit-tracer.
 
     Args:
         model: the language model.
-        transcoders: transcoders of MLPs, each of one layer or a cross-layer one (`sl.sae.CLT`), and SAEs of attention
-            outputs or of the residual stream; one, several, or by hook point ((input, target) of a transcoder, a tuple
-            of such pairs of a cross-layer one) where their provenance does not have it. A feature of a cross-layer
-            transcoder is one node, whose edges have what it writes at all layers before the target.
+        transcoders: transcoders of MLPs, each of one layer or a cross-layer one (`sl.sae.CLT`), and SAEs of outputs of
+            attention and MLPs or of the residual stream; one, several, or by hook point ((input, target) of a
+            transcoder, a tuple of such pairs of a cross-layer one) where their provenance does not have it. A feature
+            of a cross-layer transcoder is one node, whose edges have what it writes at all layers before the target.
         prompt: a text, which gets a BOS, or token ids.
         targets: "top" (most probable next tokens, up to a probability of .95 together and at most 10), a token or its
-            id, several of them, or a feature as (hook point that its dictionary writes to, feature, position).
+            id, several of them, a feature as (hook point that its dictionary writes to, feature, position), or a
+            `ScoreTarget`.
         batch_size: gradients that are in memory at a time.
         max_features: features that are targets themselves, the most influential ones; further ones that fire are
             counted as errors at their place. None is all.
-        allow_missing: accept layers whose MLP no transcoder replaces; what such an MLP writes is an error.
+        allow_missing: accept layers whose MLP no dictionary replaces; what such an MLP writes is an error.
         allow_mismatch: accept dictionaries of another model, weight processing or hook point.
 
     Raises:
@@ -96,8 +100,11 @@ def trace(
     if len(texts) != 1:
         raise ValueError(f"`prompt` must be one text, got {len(texts)}.")
     wanted = _read_targets(model, targets, points, texts)
+    attention = find_attention(model, wanted) if isinstance(wanted, ScoreTarget) else None
     written = read_written(model, texts.ids, placement)
-    tracing = _Tracing(LinearEffects.make(model, texts.ids, written), wanted, batch_size)
+    effects = LinearEffects.make(model, texts.ids, written, attention=attention)
+    score = ScoreSplit.make(model, effects, wanted) if isinstance(wanted, ScoreTarget) else None
+    tracing = _Tracing(effects, wanted, batch_size, score)
     tracing.follow(max_features)
     _require_complete(model, tracing)
     return _build(model, texts, points, tracing, prompt)
@@ -105,8 +112,10 @@ def trace(
 
 def _read_targets(
     model: Model, targets: TraceTargets, points: list[str], texts: Texts
-) -> Literal["top"] | list[int] | FeatureTarget:
-    """Ids of tokens, or a feature; ValueError for what does not exist."""
+) -> Literal["top"] | list[int] | FeatureTarget | ScoreTarget:
+    """Ids of tokens, a feature, or a score; ValueError for what does not exist."""
+    if isinstance(targets, ScoreTarget):
+        return targets.place(int(texts.lengths[0]))
     if targets == "top":
         return "top"
     if isinstance(targets, tuple) and len(targets) == 3 and targets[0] in points:
@@ -129,11 +138,13 @@ class _Tracing:
     """The targets followed so far, and the effects on them."""
 
     effects: LinearEffects
-    wanted: Literal["top"] | list[int] | FeatureTarget
+    wanted: Literal["top"] | list[int] | FeatureTarget | ScoreTarget
     batch_size: int
+    score: ScoreSplit | None
+    """of the score that is the target"""
     rows: list[Float[np.ndarray, "n_targets n_sources"]] = field(default_factory=list)
     numbers: list[Int[np.ndarray, "n_targets"]] = field(default_factory=list)
-    """of each row: the source that the target is, or the number of sources plus that of the logit"""
+    """of each row: the source that the target is, or the number of sources plus that of the logit or the score"""
     values: list[Float[np.ndarray, "n_targets"]] = field(default_factory=list)
     biases: list[Float[np.ndarray, "n_targets"]] = field(default_factory=list)
     places: list[Int[np.ndarray, "n_targets"]] = field(default_factory=list)
@@ -182,21 +193,31 @@ class _Tracing:
     @cached_property
     def end(self) -> int:
         """Number of the first source that can cause no target."""
+        if self.score is not None:
+            last = int(np.flatnonzero(self.score.by_source[:-1]).max(initial=0))
+            return min(start for start in self.effects.starts if start > last)
         if self.root is None:
             return self.n_sources
         return max(start for start in self.effects.starts if start <= self.root)
 
+    @property
+    def n_last(self) -> int:
+        """Number of targets that are no sources."""
+        return len(self.logits) if self.score is None else 1
+
     def start(self) -> tuple[Int[np.ndarray, "n"], Float[np.ndarray, "n"]]:
         """Numbers and weights of the targets that were asked for."""
-        if self.root is not None:
-            return np.array([self.root]), np.ones(1)
+        if self.root is not None or self.score is not None:
+            return np.array([self.n_sources if self.root is None else self.root]), np.ones(1)
         return self.n_sources + np.arange(len(self.logits)), self.probabilities[self.logits]
 
     def follow(self, most: int | None) -> None:
         """Compute the effects on the targets asked for, then those on features, the most influential first where there
         are more than `most`.
         """
-        if self.root is not None:
+        if self.score is not None:
+            self._add_score(self.score)
+        elif self.root is not None:
             self._compute(np.array([self.root]))
         elif len(self.logits):
             ids = torch.from_numpy(self.logits).to(self.effects.frozen.ids.device)
@@ -215,7 +236,7 @@ class _Tracing:
 
     def _influence(self) -> Float[np.ndarray, "n_sources"]:
         """Influence of all sources on the targets asked for, along the targets followed so far."""
-        total = np.zeros(self.n_sources + len(self.logits))
+        total = np.zeros(self.n_sources + self.n_last)
         targets, weights = self.start()
         current = np.zeros_like(total)
         current[targets] = weights
@@ -253,6 +274,14 @@ class _Tracing:
                 at = torch.from_numpy(own - starts[place]).to(one.positions.device)
                 self._add(Targets(place, one.positions[at], one.features[at]), own)
 
+    def _add_score(self, score: ScoreSplit) -> None:
+        by_source = score.by_source
+        self.values.append(np.array([score.score]))
+        self.biases.append(np.array([by_source[-1] + score.offset]))
+        self.places.append(np.array([-2]))  # that of no dictionary, nor of logits
+        self.rows.append(by_source[None, :-1].astype(np.float32))
+        self.numbers.append(np.array([self.n_sources]))
+
     def _add(self, targets: Targets, numbers: Int[np.ndarray, "n"]) -> None:
         effects = self.effects
         self.values.append(effects.values(targets, effects.readings))
@@ -277,7 +306,7 @@ def _require_complete(model: Model, tracing: _Tracing) -> None:
 
 def _build(model: Model, texts: Texts, points: list[str], tracing: _Tracing, prompt: Prompt) -> AttributionGraph:
     effects, end = tracing.effects, tracing.end
-    columns = _list_sources(tracing, points)
+    columns = effects.list_sources(points)
     rows, numbers = np.concatenate(tracing.rows), np.concatenate(tracing.numbers)
     left_out = np.setdiff1d(tracing.features, numbers)
     _count_as_errors(effects, rows, left_out)
@@ -286,15 +315,14 @@ def _build(model: Model, texts: Texts, points: list[str], tracing: _Tracing, pro
     keep[left_out] = False
     if tracing.root is not None:
         keep[tracing.root] = True
-    ids, probabilities = tracing.logits, tracing.probabilities[tracing.logits]
-    n_logits, n_tokens, n_first = len(ids), int(texts.lengths[0]), effects.starts[1]
+    after, words = _list_last(model, texts, tracing)
+    n_last, n_first = tracing.n_last, effects.starts[1]
     # nodes: embeddings, the model's biases, the other sources, logits
-    number = np.full(tracing.n_sources + n_logits, -1)
+    number = np.full(tracing.n_sources + n_last, -1)
     number[:n_first] = np.arange(n_first)
     others = np.flatnonzero(keep[n_first:]) + n_first
     number[others] = n_first + 1 + np.arange(len(others))
-    number[tracing.n_sources :] = n_first + 1 + len(others) + np.arange(n_logits)
-    layer = model.cfg.n_layers
+    number[tracing.n_sources :] = n_first + 1 + len(others) + np.arange(n_last)
     own = {
         "kinds": BIAS,
         "layers": -1,
@@ -304,9 +332,6 @@ def _build(model: Model, texts: Texts, points: list[str], tracing: _Tracing, pro
         "activations": 1.0,
         "slopes": 1.0,
     }
-    last = {"kinds": LOGIT, "layers": layer, "positions": n_tokens - 1, "sources": -1, "slopes": 1.0}
-    after = {name: np.full(n_logits, value) for name, value in last.items()}
-    after |= {"features": ids, "activations": probabilities}
     nodes = {
         name: np.concatenate([column[:n_first], [own[name]], column[others], after[name]])
         for name, column in columns.items()
@@ -318,7 +343,6 @@ def _build(model: Model, texts: Texts, points: list[str], tracing: _Tracing, pro
     which, sources = (rows * keep).nonzero()
     targets = number[numbers]
     n_rows = len(numbers)
-    texts_of_ids = token_strings(model.tokenizer, ids.tolist()) if model.tokenizer is not None else {}
     return AttributionGraph(
         prompt=prompt if isinstance(prompt, str) else "".join(texts.strings(model)),
         tokens=texts.strings(model),
@@ -332,40 +356,24 @@ def _build(model: Model, texts: Texts, points: list[str], tracing: _Tracing, pro
         edge_targets=np.concatenate([targets[which], targets]),
         edge_weights=np.concatenate([rows[which, sources], np.concatenate(tracing.biases).astype(np.float32)]),
         target_weights=weights.astype(np.float32),
-        logit_tokens=tuple(texts_of_ids.get(int(i), f"<{i}>") for i in ids),
+        logit_tokens=words,
         completeness_error=tracing.miss,
         n_left_out=len(left_out),
     )
 
 
-def _list_sources(tracing: _Tracing, points: list[str]) -> dict[str, np.ndarray]:
-    """Fields of the graph's nodes, for all sources."""
-    parts: dict[str, list[np.ndarray]] = {
-        name: [] for name in ("kinds", "layers", "positions", "sources", "features", "activations", "slopes")
-    }
-    ids = tracing.effects.frozen.ids[0].cpu().numpy()
-    for place, one in enumerate(tracing.effects.written):
-        n, kinds, positions = len(one.positions), one.kinds.cpu().numpy(), one.positions.cpu().numpy()
-        slopes, is_feature = np.ones(n, np.float32), kinds == FEATURE
-        if one.dictionary is not None and is_feature.any():
-            at = torch.from_numpy(np.flatnonzero(is_feature)).to(one.positions.device)
-            u = tracing.effects.values(Targets(place, one.positions[at], one.features[at]), tracing.effects.readings)
-            latents = one.features[at].to(one.dictionary.sae.device)
-            found = one.dictionary.find_slopes(torch.from_numpy(u).to(one.dictionary.sae.W_dec), latents)
-            slopes[is_feature] = found.float().cpu().numpy()
-        source = -1 if one.dictionary is None else points.index(one.point)
-        columns: dict[str, Any] = {
-            "kinds": kinds,
-            "layers": np.full(n, one.layer),
-            "positions": positions,
-            "sources": np.full(n, source),
-            "features": ids[positions] if kinds[0] == EMBEDDING else one.features.cpu().numpy(),
-            "activations": one.z.cpu().numpy(),
-            "slopes": slopes,
-        }
-        for name, column in columns.items():
-            parts[name].append(column)
-    return {name: np.concatenate(columns) for name, columns in parts.items()}
+def _list_last(model: Model, texts: Texts, tracing: _Tracing) -> tuple[dict[str, np.ndarray], tuple[str, ...]]:
+    """Fields of the nodes of logits, or of a score, and these in words."""
+    if isinstance(target := tracing.wanted, ScoreTarget):
+        last: dict[str, Any] = {"kinds": SCORE, "layers": target.layer, "positions": target.query, "sources": -1}
+        last |= {"features": target.head, "activations": 1.0, "slopes": 1.0}
+        return {name: np.array([value]) for name, value in last.items()}, (target.describe(texts.strings(model)),)
+    ids = tracing.logits
+    last = {"kinds": LOGIT, "layers": model.cfg.n_layers, "positions": int(texts.lengths[0]) - 1, "sources": -1}
+    columns = {name: np.full(len(ids), value) for name, value in (last | {"slopes": 1.0}).items()}
+    columns |= {"features": ids, "activations": tracing.probabilities[ids]}
+    words = token_strings(model.tokenizer, ids.tolist()) if model.tokenizer is not None else {}
+    return columns, tuple(words.get(int(i), f"<{i}>") for i in ids)
 
 
 def _count_as_errors(

@@ -1,6 +1,8 @@
 """`Freezing`: functions that are not linear are replaced by constants, whatever module calls them."""
 
+import math
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -10,6 +12,8 @@ from torch.overrides import TorchFunctionMode
 
 Hold = Callable[[Callable[[], Tensor]], Tensor]
 """From a function that computes a constant to that constant: computed now, or in an earlier forward pass."""
+Watch = Callable[[Any, tuple[Any, ...], dict[str, Any], Any], None]
+"""Sees each function that is called, its arguments, those by name, and its result."""
 
 
 class Freezing(TorchFunctionMode):
@@ -29,25 +33,30 @@ class Freezing(TorchFunctionMode):
     True
     """
 
-    def __init__(self, constants: Sequence[Tensor] | None = None, n_rows: int = 1) -> None:
+    def __init__(self, constants: Sequence[Tensor] | None = None, n_rows: int = 1, watch: Watch | None = None) -> None:
         """`constants` are those of an earlier forward pass over one row of tokens; None computes them. `n_rows` is the
-        number of rows of this pass, all of which have the same constants.
+        number of rows of this pass, all of which have the same constants. `watch` sees all functions.
         """
         super().__init__()
         self.constants: list[Tensor] = []
-        self._n_rows = n_rows
+        self._n_rows, self._watch = n_rows, watch
         self._known: Iterator[Tensor] | None = None if constants is None else iter(constants)
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         """What `func` returns, or its frozen version."""
-        rule = FREEZING_RULES.get(func)
+        rule, known = FREEZING_RULES.get(func), kwargs or {}
         if rule is None or not args or not isinstance(args[0], Tensor) or not args[0].is_floating_point():
-            return func(*args, **(kwargs or {}))
-        return rule(self._hold, func, *args, **(kwargs or {}))
+            found = func(*args, **known)
+        else:
+            found = rule(self.hold, func, *args, **known)
+        if self._watch is not None:
+            self._watch(func, args, known, found)
+        return found
 
-    def _hold(self, compute: Callable[[], Tensor]) -> Tensor:
+    def hold(self, compute: Callable[[], Tensor]) -> Tensor:
+        """The next constant: what `compute` returns, or what it returned in the earlier forward pass."""
         if self._known is None:
             found = compute().detach()
         else:
@@ -165,3 +174,102 @@ def _list_rules() -> dict[Any, Callable[..., Tensor]]:
 
 FREEZING_RULES = _list_rules()
 """By function, what takes its place: a function of `hold`, the function and its arguments"""
+
+
+@dataclass(frozen=True, eq=False)
+class ScoreTerms:
+    """Queries and keys of one attention as they are multiplied: rotated, normalized, of grouped heads."""
+
+    queries: Tensor
+    """(1, n_heads, n, d_head)"""
+    keys: Tensor
+    """(1, n_heads, n, d_head), or of fewer heads where several queries share one"""
+    scale: float | None
+    """factor of fused attention; None where products and scores are tensors"""
+    products: Tensor | None
+    """(1, n_heads, n, n), of queries and keys"""
+    scores: Tensor
+    """what the softmax gets: (1, n_heads, n, n); of fused attention what is added to products, () for nothing"""
+
+    def read(self, head: int, query: int, key: int) -> tuple[float, float, float]:
+        """A score, and the factor and the summand that make it of the product of query and key.
+
+        ValueError where the score is no such function of that product alone, and where the key is hidden by a mask.
+        """
+        if self.scale is not None:
+            added = self.scores if not self.scores.ndim else self.scores.expand(1, self.queries.shape[1], -1, -1)
+            summand = float((added[0, head, query, key] if added.ndim else added).detach())
+            grouped = head // (self.queries.shape[1] // self.keys.shape[1])
+            product = self.queries[0, head, query].detach().double() @ self.keys[0, grouped, key].detach().double()
+            score, factor = float(product * self.scale) + summand, self.scale
+        else:
+            assert self.products is not None
+            one = self.scores[0, head, query, key]
+            (into,) = torch.autograd.grad(one, self.products, retain_graph=True, allow_unused=True)
+            into = torch.zeros_like(self.products) if into is None else into
+            score, factor = float(one.detach()), float(into[0, head, query, key])
+            summand = score - factor * float(self.products[0, head, query, key].detach())
+            if int(into.count_nonzero()) > 1:
+                raise ValueError(
+                    "A score must be made of one product of a query and a key, got several in one score of this model."
+                )
+        if not factor or not abs(summand) < HIDDEN:
+            raise ValueError(
+                f"A key must be one that the head may attend to, got {key}, hidden from {query} by a mask."
+            )
+        return score, factor, summand
+
+
+class ScoreWatch:
+    """Keeps the `ScoreTerms` of the attention that is computed between two hook points, at its input and its output.
+
+    It is a `Watch`; `begin` and `end` are hook functions.
+    """
+
+    def __init__(self) -> None:
+        self.found: ScoreTerms | None = None
+        self._is_on = False
+        self._product: tuple[Tensor, Tensor, Tensor] | None = None
+
+    def begin(self, _x: Tensor) -> None:
+        """Watch from here on."""
+        self._is_on = True
+
+    def end(self, _x: Tensor) -> None:
+        """Watch no more."""
+        self._is_on = False
+
+    def __call__(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
+        """See a function."""
+        if not self._is_on or self.found is not None:
+            return
+        if func is F.scaled_dot_product_attention:
+            self.found = _read_fused(*args, **kwargs)
+        elif func in _PRODUCTS and isinstance(result, Tensor) and result.ndim == 4:
+            self._product = args[0], args[1], result
+        elif func in _SOFTMAXES and self._product is not None and args[0].ndim == 4:
+            queries, keys, products = self._product
+            if products.shape[:3] == args[0].shape[:3]:
+                self.found = ScoreTerms(queries, keys.transpose(2, 3), None, products, args[0])
+
+
+def _read_fused(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> ScoreTerms:
+    added = torch.zeros(()) if attn_mask is None else attn_mask
+    if added.dtype == torch.bool:
+        added = torch.zeros(added.shape, device=added.device).masked_fill(~added, -torch.inf)
+    return ScoreTerms(query, key, 1 / math.sqrt(query.shape[-1]) if scale is None else scale, None, added)
+
+
+HIDDEN = 1e4
+"""what masks subtract from scores is more than that"""
+_PRODUCTS = {torch.matmul, Tensor.matmul, Tensor.__matmul__}
+_SOFTMAXES = {torch.softmax, Tensor.softmax, F.softmax}

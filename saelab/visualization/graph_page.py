@@ -136,7 +136,11 @@ def _fill(title: str, lead: str, data: Mapping[str, Any]) -> str:
 
 def _lead(graph: AttributionGraph) -> str:
     kinds = {kind: int(graph.is_kind(kind).sum()) for kind in KINDS}
-    counted = ", ".join(f"{n:,} {kind}{'' if n == 1 else 'es' if kind == 'bias' else 's'}" for kind, n in kinds.items())
+    counted = ", ".join(
+        f"{n:,} {kind}{'' if n == 1 else 'es' if kind == 'bias' else 's'}"
+        for kind, n in kinds.items()
+        if n or kind != "score"
+    )
     return f"Attribution graph of {shareable(graph.model)}: {counted}; {len(graph.edge_weights):,} direct effects."
 
 
@@ -237,6 +241,7 @@ class _Drawing:
     def make(cls, graph: AttributionGraph) -> "_Drawing":
         shown = np.flatnonzero(_choose(graph, influence_shares(graph)[0]))
         order = graph.layers * (len(graph.dictionaries) + 1) + np.maximum(graph.sources, 0)
+        order = np.where(graph.is_kind("score"), order.max(initial=0) + 1, order)
         places = np.unique(order[shown])
         rows = np.searchsorted(places, order)
         counts = np.zeros((len(places), max(1, len(graph.tokens))), dtype=np.int64)
@@ -314,17 +319,20 @@ def _tag(shape: str) -> str:
 
 
 def _choose(graph: AttributionGraph, shares: Float[np.ndarray, "n_nodes"]) -> Bool[np.ndarray, "n_nodes"]:
-    """At most `N_DRAWN` nodes: logits first, then the most influential."""
-    ranked = np.where(graph.is_kind("logit"), -1.0, shares)
+    """At most `N_DRAWN` nodes: logits and scores first, then the most influential."""
+    ranked = np.where(graph.is_kind("logit", "score"), -1.0, shares)
     chosen = np.zeros(len(shares), dtype=bool)
     chosen[np.argsort(ranked, kind="stable")[:N_DRAWN]] = True
     return chosen
 
 
+ROWS = {"embedding": "tokens", "logit": "logits", "score": "score"}
+
+
 def _name_row(graph: AttributionGraph, i: int) -> str:
     kind = kind_of(graph, i)
-    if kind in ("embedding", "logit"):
-        return {"embedding": "tokens", "logit": "logits"}[kind]
+    if kind in ROWS:
+        return ROWS[kind]
     place = name_place(graph.dictionaries[int(graph.sources[i])]) if graph.sources[i] >= 0 else ""
     return f"L{int(graph.layers[i])} {place}".strip() if graph.layers[i] >= 0 else "tokens"
 

@@ -218,3 +218,53 @@ def test_a_graph_is_saved_and_read_again(tiny, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="got none for `kinds`"):
         AttributionGraph.load(tmp_path / "wrong.json")
     assert KINDS[int(graph.kinds[last])] == "logit"
+
+
+def follow_naively(graph: AttributionGraph, targets: list[int], share: float) -> tuple[set[int], set[tuple[int, int]]]:
+    reached, kept, waiting = set(targets), set(), list(targets)
+    while waiting:
+        node = waiting.pop()
+        into = [
+            (abs(float(w)), int(s))
+            for s, t, w in zip(graph.edge_sources, graph.edge_targets, graph.edge_weights, strict=True)
+            if t == node
+        ]
+        total, have = sum(size for size, _ in into), 0.0
+        for size, source in sorted(into, reverse=True):
+            if have >= share * total * (1 - 1e-9):
+                break
+            have += size
+            kept.add((source, node))
+            waiting += [source] if source not in reached else []
+            reached.add(source)
+    return reached, kept
+
+
+@pytest.mark.parametrize("share", [0.3, 0.8, 1.0])
+@pytest.mark.parametrize("seed", SEEDS)
+def test_contributors_are_followed_back_until_they_make_up_their_share(seed: int, share: float) -> None:
+    graph = make(seed)
+    names = [
+        (int(k), int(p), int(f), int(s))
+        for k, p, f, s in zip(graph.kinds, graph.positions, graph.features, graph.sources, strict=True)
+    ]
+    for targets, found in (
+        ([len(graph) - 2, len(graph) - 1], graph.follow(share)),
+        ([len(graph) - 1], graph.follow(share, target=len(graph) - 1)),
+    ):
+        reached, kept = follow_naively(graph, targets, share)
+        assert len(found) == len(reached) and len(found.edge_weights) == len(kept)
+        own = [
+            (int(k), int(p), int(f), int(s))
+            for k, p, f, s in zip(found.kinds, found.positions, found.features, found.sources, strict=True)
+        ]
+        assert sorted(own) == sorted(names[i] for i in reached)
+        sums = np.bincount(found.edge_targets, np.abs(found.edge_weights), len(found))
+        whole = np.bincount(graph.edge_targets, np.abs(graph.edge_weights), len(graph))[sorted(reached)]
+        assert (sums >= share * whole * (1 - 1e-6)).all()
+    for options, complaint in (
+        ({"share": 0.0}, "`share` must be"),
+        ({"target": len(graph)}, "`target` must be a node"),
+    ):
+        with pytest.raises(ValueError, match=complaint):
+            graph.follow(**options)  # type: ignore[arg-type]

@@ -26,7 +26,7 @@ from saelab.circuits import (
 )
 from saelab.circuits.graph import KINDS
 from saelab.circuits.graph_files import pair, unpair
-from saelab.circuits.graph_views import name_nodes
+from saelab.circuits.graph_views import group_by_label, name_nodes
 from saelab.labels.label import Label
 
 FEATURE, LOGIT = KINDS.index("feature"), KINDS.index("logit")
@@ -167,7 +167,16 @@ def test_labels_are_those_of_the_code_s_side(graph: AttributionGraph, tmp_path: 
     with sl.labels.LabelStore(tmp_path / "labels.sqlite") as book:
         book.add([Label(feature=low, sign=sign, text=text, author="me") for sign, text in ((1, "hot"), (-1, "cold"))])
         book.set(high, "whole", author="me")
-        texts = name_nodes(graph, {hook: book})
+        texts, grouped = name_nodes(graph, {hook: book}), group_by_label(graph, {hook: book})
+    for text, member in (("cold", negative), ("whole", positive)):
+        own = grouped.members[grouped.names.index(text)]
+        assert member in own and {texts[i] for i in own} == {text}
+        assert [i for i, name in enumerate(texts) if name == text and graph.kinds[i] == FEATURE] == list(own)
+    assert sum(map(len, grouped.members)) == len(graph) and graph.describe(len(graph) - 1) in grouped.names
+    by_hand = graph.group({"cold": grouped.members[grouped.names.index("cold")]})
+    assert by_hand.edge("cold", graph.describe(len(graph) - 1)) == grouped.edge("cold", graph.describe(len(graph) - 1))
+    with pytest.raises(ValueError, match="`labels` must have hook points"):
+        group_by_label(graph, {"blocks.9.hook_mlp_out": {}})
     assert (texts[negative], texts[positive]) == ("cold", "whole")
     texts = name_nodes(graph, {hook: {low: "axis"}})
     assert texts[negative] == "\u2212 axis" and texts[positive] == ""

@@ -1,6 +1,7 @@
 """Graphs: edges add up, are what the weights say, and are felt by the frozen model; bad input is refused first."""
 
 import copy
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,10 @@ from transcoders_made import cover, make_coder
 from unchecked import unchecked
 
 import saelab as sl
+from saelab.circuits.attention_scores import ScoreTarget, attention_score
 from saelab.circuits.graph import AttributionGraph
+from saelab.circuits.graph_files import write_graph_json
+from saelab.circuits.graph_validation import validate
 from saelab.circuits.linear_effects import FEATURE, LinearEffects, Targets, read_written
 from saelab.circuits.placement import place_dictionaries
 from saelab.circuits.tracing import trace
@@ -20,6 +24,7 @@ from saelab.lm.freezing import FREEZING_RULES
 from saelab.lm.hook_points import hook_points_of
 from saelab.lm.models import _byte_tokenizer
 from saelab.sae.encoders import MatchingPursuit
+from saelab.visualization.graph_page import write_graph_page
 
 PROMPT = "A fox"
 ATTENTION, STREAM = "blocks.1.hook_attn_out", "blocks.1.hook_resid_post"
@@ -108,6 +113,69 @@ def test_edges_are_what_the_weights_say() -> None:
         n_checked += 1
     n_tokens, k = len(graph.tokens), 4
     assert n_checked == k * n_tokens * (n_tokens + 1) // 2 + 2 * k
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "Gemma2ForCausalLM", "GPTNeoXForCausalLM", "Phi3ForCausalLM"])
+def test_saes_of_attention_and_mlp_outputs_add_up(name: str) -> None:
+    """The setting of arXiv:2402.12201: embeddings, attention outputs, MLP outputs, gates of the MLPs frozen."""
+    model = load(name)
+    places = [f"blocks.{i}.hook_{part}_out" for i in range(model.cfg.n_layers) for part in ("attn", "mlp")]
+    graph = trace(model, {place: make_coder(32, i, is_transcoder=False) for i, place in enumerate(places)}, PROMPT)
+    assert graph.completeness_error < 1e-5 and graph.dictionaries == tuple(places)
+    is_target = graph.is_kind("feature", "logit")
+    np.testing.assert_allclose(sum_edges(graph)[is_target], graph.values[is_target], rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(
+        graph.values[graph.is_kind("feature")], graph.activations[graph.is_kind("feature")], rtol=1e-3, atol=1e-4
+    )
+    into_mlp = (
+        np.array(["mlp" in places[i] for i in graph.sources])[graph.edge_targets]
+        & graph.is_kind("feature")[graph.edge_targets]
+    )
+    same_token = graph.positions[graph.edge_sources] == graph.positions[graph.edge_targets]
+    assert (same_token | graph.is_kind("bias")[graph.edge_sources])[into_mlp].all()
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_effects_through_an_mlp_are_what_the_weights_say(name: str) -> None:
+    """Naively, neuron by neuron, with the gate g = post / pre: from embeddings to features of an MLP's output."""
+    model = load(name)
+    coders = {f"blocks.{i}.hook_mlp_out": make_coder(32, i, is_transcoder=False) for i in range(model.cfg.n_layers)}
+    coders["blocks.0.hook_attn_out"] = make_coder(32, 9, is_transcoder=False)
+    graph = trace(model, coders, PROMPT)
+    at, ids = 4, torch.from_numpy(graph.token_ids)[None]
+    x, before = (
+        one[0, at].double() for one in sl.lm.capture(model, ids, ["blocks.0.hook_in", "blocks.0.ln2.hook_in"]).values()
+    )
+    twin = hook_points_of(model).plain
+    assert twin is not None
+    with torch.no_grad():
+        if name == "gpt2":
+            block = twin.transformer.h[0]
+            through = (x - x.mean()) * (before.var(unbiased=False) + 1e-5).rsqrt() * block.ln_2.weight.double()
+            pre = torch.nn.functional.layer_norm(
+                before, (32,), block.ln_2.weight.double(), block.ln_2.bias.double(), 1e-5
+            )
+            up, down = block.mlp.c_fc.weight.double().T, block.mlp.c_proj.weight.double().T
+            h = up @ pre + block.mlp.c_fc.bias.double()
+            gates = block.mlp.act(h) / h
+        else:
+            block = twin.model.layers[0]
+            scale = (before.square().mean() + 1e-6).rsqrt() * block.post_attention_layernorm.weight.double()
+            through, up, down = x * scale, block.mlp.up_proj.weight.double(), block.mlp.down_proj.weight.double()
+            gates = torch.nn.functional.silu(block.mlp.gate_proj.weight.double() @ (before * scale))
+    source = int(np.flatnonzero(graph.is_kind("embedding") & (graph.positions == at))[0])
+    own = graph.sources == graph.dictionaries.index("blocks.0.hook_mlp_out")
+    for node in np.flatnonzero(graph.is_kind("feature") & own & (graph.positions == at)):
+        row = coders["blocks.0.hook_mlp_out"].W_enc[:, int(graph.features[node])].detach().double()
+        naive = sum(float(through @ up[n]) * float(gates[n]) * float(down[:, n] @ row) for n in range(len(gates)))
+        (edge,) = graph.edge_weights[(graph.edge_sources == source) & (graph.edge_targets == node)]
+        assert edge == pytest.approx(naive, rel=1e-3, abs=1e-5)
+
+
+def test_an_sae_of_experts_needs_a_transcoder() -> None:
+    model = load("MixtralForCausalLM")
+    with pytest.raises(ValueError, match="needs an MLP of one layer of neurons"):
+        trace(model, {"blocks.0.hook_mlp_out": make_coder(32, is_transcoder=False)}, PROMPT, allow_missing=True)
 
 
 def find_pattern(model: Any, ids: Tensor) -> Tensor:
@@ -222,6 +290,41 @@ def test_a_feature_is_a_target(tiny) -> None:
         trace(tiny, coders, PROMPT, targets=(name[0], silent, 1))
 
 
+@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
+def test_a_score_of_attention_is_a_target(architecture: str, tmp_path: Path) -> None:
+    """Half of what each pair gives for either node, and behind that the graph of a feature."""
+    model = sl.lm.tiny_model(architecture=architecture)  # type: ignore[arg-type]
+    coders = cover(model)
+    target = ScoreTarget(layer=2, head=1, key=2, query=4)
+    graph = trace(model, coders, PROMPT, targets=target)
+    pairs = attention_score(model, coders, PROMPT, head=(2, 1), key=2, query=4)
+    assert graph.completeness_error < 1e-5 and graph.values[-1] == pytest.approx(pairs.score, rel=1e-5)
+    assert sum_edges(graph)[-1] == pytest.approx(pairs.score, rel=1e-4)
+    assert graph.is_kind("score").nonzero()[0].tolist() == [len(graph) - 1] and not graph.is_kind("logit").any()
+    assert set(graph.layers[:-1].tolist()) == {-1, 0, 1} and graph.start.tolist() == [0.0] * (len(graph) - 1) + [1.0]
+    halves = (pairs.by_query + pairs.by_key) / 2
+    names = [graph.describe(i) for i in range(len(graph))]
+    own = (graph.edge_targets == len(graph) - 1) & (graph.edge_weights != 0)
+    into = {names[s]: float(w) for s, w in zip(graph.edge_sources[own], graph.edge_weights[own], strict=True)}
+    expected = {pairs.describe(i): float(half) for i, half in enumerate(halves) if half}
+    assert into == pytest.approx(expected, rel=1e-3, abs=1e-5)
+    assert names[-1] == "score of head 2.1, 4 'o' to 2 ' '" and names[-1] in str(graph)
+    feature = int(np.flatnonzero(graph.is_kind("feature") & (graph.layers == 1))[-1])
+    name = graph.dictionaries[1], int(graph.features[feature]), int(graph.positions[feature])
+    alone = trace(model, coders, PROMPT, targets=name)
+    np.testing.assert_allclose(sum_edges(graph)[feature], sum_edges(alone)[-1], rtol=1e-4)
+    graph.save(tmp_path / "graph.json")
+    assert AttributionGraph.load(tmp_path / "graph.json").describe(len(graph) - 1) == names[-1]
+    assert graph.prune(0.5).describe(len(graph.prune(0.5)) - 1) == names[-1]
+    for write in (write_graph_json, write_graph_page):
+        with pytest.raises(ValueError, match="got one of a score of attention"):
+            write(graph, tmp_path / "graph.html")
+    with pytest.raises(ValueError, match="must be the node of a logit"):
+        validate(graph, model, coders)
+    small = trace(model, coders, PROMPT, targets=target, max_features=4)
+    assert small.n_left_out and sum_edges(small)[-1] == pytest.approx(pairs.score, rel=1e-4)
+
+
 def test_top_targets_are_the_most_probable(tiny) -> None:
     coders = cover(tiny)
     top = trace(tiny, coders, PROMPT)
@@ -264,7 +367,7 @@ def placed(tiny: Any, tiny_tokens: Any) -> sl.SAE:
     [
         ([("blocks.0.mlp.hook_in", "blocks.1.hook_mlp_out")], {}, "must read and write in one block"),
         ([("blocks.0.hook_mlp_out", "blocks.0.hook_attn_out")], {}, "must read before it writes"),
-        (["blocks.0.hook_mlp_out"], {"is_transcoder": False}, "must be replaced by a transcoder"),
+        (["blocks.0.mlp.out.hook_in"], {"is_transcoder": False}, "must be one of its output"),
         ([ATTENTION, "blocks.1.attn.hook_out"], {"is_transcoder": False}, "one dictionary, got two"),
         ([("blocks.0.mlp.hook_in", "blocks.0.hook_mlp_out")], {"width": 16}, r"model's width \(32\)"),
         (["ln_final.hook_out"], {"is_transcoder": False}, "at an MLP, at an attention output or in the residual"),
@@ -313,6 +416,9 @@ def test_dictionaries_of_other_weights_are_refused(tiny, tiny_tokens) -> None:
         (PROMPT, {"targets": "no token"}, "must be"),
         (PROMPT, {"targets": ("blocks.0.hook_mlp_out", 3, 9)}, r"position in 0\.\.5"),
         (PROMPT, {"targets": ("blocks.0.hook_attn_out", 3, 1)}, "one that a dictionary writes to"),
+        (PROMPT, {"targets": ScoreTarget(layer=3, head=0, key=1)}, r"the layer in 0\.\.2, got 3"),
+        (PROMPT, {"targets": ScoreTarget(layer=1, head=4, key=1)}, r"the head in 0\.\.3, got 4"),
+        (PROMPT, {"targets": ScoreTarget(layer=1, head=0, query=2, key=3)}, "up to the query, got 3"),
     ],
 )
 def test_prompts_and_targets_that_are_none_are_refused(tiny, monkeypatch, prompt, options, complaint) -> None:

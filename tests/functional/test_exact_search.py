@@ -6,8 +6,7 @@ import torch
 from saelab.functional import topk
 from saelab.functional.compiled import has_numba
 from saelab.functional.exact_search import ROWS, ExactSearch
-from saelab.functional.topk import search_topk
-from saelab.functional.topk import topk_latents as choose_dense
+from saelab.functional.topk import search_topk, topk_latents as choose_dense
 
 pytestmark = pytest.mark.skipif(not has_numba(), reason="needs numba")
 SIGNED = pytest.mark.parametrize("signed", [False, True])
@@ -85,7 +84,7 @@ def test_equal_rows_have_equal_codes_wherever_they_are_and_on_any_threads(signed
     try:
         for n_threads in (1, 2, 3):
             torch.set_num_threads(n_threads)
-            for rows in (order, order[:ROWS - 1], order[:1]):
+            for rows in (order, order[: ROWS - 1], order[:1]):
                 again, names, _ = ExactSearch(W, bias, signed).top(x[rows], 9)
                 assert torch.equal(again, values[rows]) and torch.equal(names, latents[rows])
     finally:
