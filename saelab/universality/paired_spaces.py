@@ -1,4 +1,4 @@
-"""Activations of two models token by token, anchors among the tokens, and rows as similarities to anchors.
+"""Activations of two models token by token, how well pairs are told, and rows as similarities to anchors.
 
 Models with different tokenizers have no token in common; their tokens are paired where they end at the same character,
 when both models have read the same text. Similarities to anchors put two spaces side by side without any map.
@@ -11,10 +11,11 @@ from typing import Any, Literal, TypeAlias, get_args
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
 from saelab.collecting.reader import make_text, text_of
+from saelab.functional.indices import find_runs, move_blocks
 from saelab.functional.metrics import exact
 from saelab.lm.model_checks import Model
 from saelab.lm.tokens import Tokens
@@ -22,9 +23,10 @@ from saelab.sae.compatibility import mask_of
 from saelab.stores.activations import Activations
 from saelab.stores.corpus import Places, StoredText
 from saelab.stores.manifest import INT_COLUMNS
-from saelab.stores.results import Result
+from saelab.stores.results import Result, format_table
 from saelab.universality.alignment import AlignedRows, Overview, TokenPairs, find_common_rows, format_counts
 from saelab.universality.document_text import Spelled
+from saelab.universality.representation_similarity import ROUNDING, SAMPLED_ROWS, SpaceScore
 
 PairRule = Literal["ends", "same"]
 Channel = Literal["cosine", "euclidean", "l1", "linf"]
@@ -32,6 +34,7 @@ CHANNELS: tuple[Channel, ...] = get_args(Channel)
 AnchorChoice = Literal["random", "kmeans", "farthest"]
 Columns: TypeAlias = dict[str, Tensor]
 POWERS = {"euclidean": 2.0, "l1": 1.0, "linf": float("inf")}
+LOWER_IS_BETTER = ("mean_rank",)
 ROWS = 4096
 """rows whose distances are computed at a time"""
 
@@ -329,3 +332,142 @@ class Anchors:
 def _distances(x: Tensor, rows: Tensor, channel: Channel) -> Tensor:
     # the fast way by products loses what is close, and an anchor is at distance 0 of itself
     return torch.cdist(x, rows, p=POWERS[channel], compute_mode="donot_use_mm_for_euclid_dist")
+
+
+# ---- how well pairs are told
+@dataclass(frozen=True, kw_only=True, eq=False)
+class PairScores(Result):
+    """How near rows come to their partners, each score beside shuffled pairs; made by `score_pairs`."""
+
+    scores: dict[str, SpaceScore]
+    """`r2`, `cosine`, `mean_rank` and `top1`; the 95 % of `mean_rank` is the rank that 95 of 100 shuffled pairings stay
+    above"""
+    n_pairs: int
+    n_searched: int
+    """rows among which partners are searched"""
+    n_shuffles: int
+    in_blocks: bool
+    """whether rows were shuffled in blocks of neighbors within documents"""
+
+    def __getitem__(self, name: str) -> SpaceScore:
+        return self.scores[name]
+
+    def __str__(self) -> str:
+        how = "pairings shuffled in blocks" if self.in_blocks else "shuffled pairings"
+        lines = [f"{self.n_pairs:,} held-out pairs, {self.n_searched:,} of them searched, {self.n_shuffles:,} {how}"]
+        table = [["", "value", "chance", "95 %", "p"]]
+        for name, one in self.scores.items():
+            digits = 1 if name == "mean_rank" else 3
+            marks = [f"{value:.{digits}f}" for value in (one.value, one.chance, one.chance_95)]
+            table.append([name.replace("_", " "), *marks, f"{one.p:.3g}", one.note])
+        return "\n".join([*lines, *format_table(table, left=(0, 5))])
+
+
+def score_pairs(
+    x: Float[Tensor, "n d"],
+    y: Float[Tensor, "n d"],
+    *,
+    doc_ids: Shaped[Any, "n"] | None = None,
+    n_shuffles: int = 100,
+    seed: int = 0,
+) -> PairScores:
+    """How near the rows of x are to their partners in y, beside shuffled pairs: rows that a map brought to y's space,
+    or similarities to the same anchors in two spaces.
+
+        r2         1 - |x - y|^2 / |y - mean(y)|^2, at most 1
+        cosine     mean cosine of partners about the mean of y, -1 to 1
+        mean_rank  mean rank of the partner by that cosine among all rows of y: 1 is best, (n + 1) / 2 chance
+        top1       share of rows whose partner is the nearest; 1 / n by chance
+
+    Ties share their ranks. At most 2,000 rows are searched.
+
+    Args:
+        x: (n, d) rows.
+        y: (n, d) their partners.
+        doc_ids: document of each row, where rows are tokens; shuffled pairings then keep runs of neighbors.
+        n_shuffles: number of shuffled pairings.
+        seed: of the shuffles, and of the rows that are searched.
+
+    Raises:
+        ValueError: for rows that are not pairs of one width, fewer than 3, and values that are not finite.
+
+    >>> x = torch.randn(50, 4, generator=torch.Generator().manual_seed(0))
+    >>> score_pairs(x, x)["top1"].value
+    1.0
+    """
+    if x.shape != y.shape or len(x) < 3:
+        raise ValueError(f"`x` and `y` must be pairs of one width, at least 3, got {tuple(x.shape)}, {tuple(y.shape)}.")
+    if not (x.isfinite().all() and y.isfinite().all()):
+        raise ValueError("`x` and `y` must be finite, got NaN or infinity; leave those pairs out.")
+    x, y = exact(x).cpu(), exact(y).cpu()
+    drawing, shuffling = np.random.default_rng(seed).spawn(2)
+    n, documents = len(y), None if doc_ids is None else np.asarray(doc_ids)
+    measured = _PairTable.make(x, y, np.sort(drawing.permutation(n)[:SAMPLED_ROWS]))
+    own = None if documents is None else documents[measured.sample]
+    value = measured.score(np.arange(n), np.arange(len(measured.sample)))
+    shuffled = [
+        measured.score(_shuffle(documents, n, shuffling), _shuffle(own, len(measured.sample), shuffling))
+        for _ in range(n_shuffles)
+    ]
+    fault = "" if measured.spread > 0 else "all rows of y are equal"
+    return PairScores(
+        scores={name: _beside(value[name], [one[name] for one in shuffled], name, fault) for name in value},
+        n_pairs=n, n_searched=len(measured.sample), n_shuffles=n_shuffles, in_blocks=documents is not None,
+    )  # fmt: skip
+
+
+@dataclass(frozen=True, eq=False)
+class _PairTable:
+    """What scores of all pairings are read from."""
+
+    x: Tensor
+    y: Tensor
+    unit_x: Tensor
+    unit_y: Tensor
+    sample: Int[np.ndarray, "m"]
+    ranks: Float[np.ndarray, "m m"]
+    """rank of every sampled row of y for every one of x, 1 for the nearest"""
+    first: Float[np.ndarray, "m m"]
+    """share of each in being the nearest"""
+    spread: float
+
+    @classmethod
+    def make(cls, x: Tensor, y: Tensor, sample: np.ndarray) -> "_PairTable":
+        from scipy.stats import rankdata
+
+        mean = y.mean(0)
+        unit_x, unit_y = (torch.nn.functional.normalize(rows - mean, dim=1, eps=1e-300) for rows in (x, y))
+        ranks = rankdata(-(unit_x[sample] @ unit_y[sample].T).numpy().round(12), axis=1)
+        first = ranks == ranks.min(1, keepdims=True)
+        spread = float((y - mean).square().sum())
+        return cls(x, y, unit_x, unit_y, sample, ranks, first / first.sum(1, keepdims=True), spread)
+
+    def score(self, order: np.ndarray, sampled: np.ndarray) -> dict[str, float]:
+        """The scores of a pairing, of all rows and of the sampled ones."""
+        rows = np.arange(len(sampled))
+        missed = float((self.x - self.y[order]).square().sum())
+        return {
+            "r2": 1 - missed / self.spread if self.spread > 0 else float("nan"),
+            "cosine": float((self.unit_x * self.unit_y[order]).sum(1).mean()),
+            "mean_rank": float(self.ranks[rows, sampled].mean()),
+            "top1": float(self.first[rows, sampled].mean()),
+        }
+
+
+def _shuffle(documents: np.ndarray | None, n: int, rng: "np.random.Generator") -> np.ndarray:
+    return rng.permutation(n) if documents is None else move_blocks(find_runs(documents), n, rng)[:]
+
+
+def _beside(value: float, shuffled: list[float], name: str, fault: str) -> SpaceScore:
+    """A score beside shuffled pairings; NaN with the reason where it means nothing."""
+    nan = float("nan")
+    if fault or not shuffled:
+        value = nan if fault else value
+        return SpaceScore(value=value, chance=nan, chance_95=nan, excess=nan, p=nan, note=fault or "not shuffled")
+    sign = -1 if name in LOWER_IS_BETTER else 1
+    drawn = np.array(shuffled)
+    reached = int(np.count_nonzero(sign * drawn >= sign * value - ROUNDING))
+    return SpaceScore(
+        value=value, chance=float(drawn.mean()), chance_95=float(np.quantile(drawn, 0.95 if sign > 0 else 0.05)),
+        excess=value - float(drawn.mean()), p=(reached + 1) / (len(drawn) + 1), note="",
+    )  # fmt: skip
