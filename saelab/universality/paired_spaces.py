@@ -120,7 +120,7 @@ def align_activations(
     if match not in get_args(PairRule):
         raise ValueError(f"`match` must be one of {get_args(PairRule)}, got '{match}'.")
     given = tokens or (None, None)
-    sides = [_locate(name, *one) for name, *one in zip("ab", (a, b), models, given, strict=True)]
+    sides = [_locate("a", a, models[0], given[0]), _locate("b", b, models[1], given[1])]
     found, common = None, find_common_rows(sides[0], sides[1])
     if common is None:
         found = AlignedRows(sides[0], sides[1])

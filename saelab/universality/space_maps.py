@@ -5,7 +5,7 @@ a probe of a reads b through `b -> a`. So a map is fitted in both directions.
 """
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeAlias, get_args
 
@@ -175,7 +175,7 @@ class SpaceMap:
         Raises:
             ValueError: for rows that are not pairs, or of other widths, models or hook points.
         """
-        x, y, documents = _read_pairs(a, b, doc_ids)
+        x, y, documents = read_pairs(a, b, doc_ids)
         for side, rows, origin in (("a", a, self.origin_a), ("b", b, self.origin_b)):
             _check_origin(side, rows, origin, allow_mismatch)
         self._check_width("rows of a", x.shape[1])
@@ -216,9 +216,11 @@ class SpaceMap:
             Path(folder) / TENSORS
         ):
             raise ValueError(f"{Path(folder) / TENSORS} must hold the weights that {FACTS} tells of. Was it replaced?")
-        origins = (None if one is None else Provenance.from_dict(one) for one in (told.origin_a, told.origin_b))
-        kept = {name: value for name, value in asdict(told).items() if name not in ("tensors", "origin_a", "origin_b")}
-        return cls(**tensors, **kept, **dict(zip(("origin_a", "origin_b"), origins, strict=True)))
+        of_a, of_b = (None if one is None else Provenance.from_dict(one) for one in (told.origin_a, told.origin_b))
+        return cls(
+            **tensors, method=told.method, n_pairs=told.n_pairs, rank=told.rank, ridge=told.ridge,
+            ridge_chosen=told.ridge_chosen, origin_a=of_a, origin_b=of_b,
+        )  # fmt: skip
 
     def __repr__(self) -> str:
         rank = "" if self.rank is None else f", rank {self.rank}"
@@ -292,7 +294,7 @@ def fit_map(
     >>> bool((fit_map(x, turned, "orthogonal").apply(x) - turned).abs().max() < 1e-5)
     True
     """
-    x, y, documents = _read_pairs(a, b, doc_ids)
+    x, y, documents = read_pairs(a, b, doc_ids)
     limit = min(x.shape[1], y.shape[1])
     if method not in get_args(MapMethod):
         raise ValueError(f"`method` must be one of {get_args(MapMethod)}, got '{method}'.")
@@ -317,8 +319,10 @@ def fit_map(
     )  # fmt: skip
 
 
-def _read_pairs(a: SpaceRows, b: SpaceRows, doc_ids: Any) -> tuple[Tensor, Tensor, np.ndarray | None]:
-    """Both sides in float64, and the documents of their rows."""
+def read_pairs(a: SpaceRows, b: SpaceRows, doc_ids: Any) -> tuple[Tensor, Tensor, np.ndarray | None]:
+    """Both sides in float64, and the documents of their rows; ValueError for rows that are not pairs.
+
+    `doc_ids` None takes those of collected activations."""
     if len(a) != len(b):
         raise ValueError(f"`a` and `b` must be pairs, row by row, got {len(a)} and {len(b)} rows; align them first.")
     if isinstance(a, Activations) and isinstance(b, Activations):
