@@ -26,7 +26,8 @@ from saelab.stores.validation import SEAL, naming, read_fields, read_sealed, req
 from saelab.universality.paired_spaces import PairScores, score_pairs
 
 MapMethod = Literal["linear", "orthogonal", "anchors"]
-SpaceRows: TypeAlias = Float[Tensor, "n d"] | Activations
+SpaceRows: TypeAlias = Float[Tensor, "_ _"] | Activations
+"""(n, d) rows of a space: a tensor, or collected activations"""
 Ridged: TypeAlias = Callable[[float], Tensor]
 RIDGES = tuple(10.0**i for i in range(2, -9, -1))
 """ridges that are tried, the largest first, which a tie keeps"""
@@ -203,7 +204,7 @@ class SpaceMap:
         path = Path(folder) / FACTS
         found, check_seal = read_sealed(path)
         with naming(path):
-            plain = require_object(found, "A map")
+            plain = dict(require_object(found, "A map"))  # the seal is checked on what was read
             plain.pop(SEAL, None)
             if plain.pop("kind", None) != KIND:
                 raise ValueError(f"A map must be of kind '{KIND}', got another; give what `save_pretrained` wrote.")

@@ -309,9 +309,9 @@ class _Probes:
         same = self.x.shape[1] == self.y.shape[1]
         reasons |= tell_widths(self.x.shape[1], self.y.shape[1])
         found["direct"] = self.y[test] @ weight.T + bias if same else torch.full_like(self.truth[test], torch.nan)
-        for name, one in fit_maps(self.x[pairs], self.y[pairs], methods, self.documents[pairs], self.seed).items():
+        for title, one in fit_maps(self.x[pairs], self.y[pairs], methods, self.documents[pairs], self.seed).items():
             carried, start = one.carry_probe(weight, bias) if self.readout == "probes" else (weight @ one.W, bias)
-            found[name] = self.y[test] @ carried.T + start
+            found[title] = self.y[test] @ carried.T + start
         return found
 
     def fit(self, x: Float32[Tensor, "n_train d"]) -> tuple[Tensor, Tensor]:
