@@ -7,7 +7,7 @@ when both models have read the same text. Similarities to anchors put two spaces
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, TypeAlias, get_args
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -32,7 +32,6 @@ PairRule = Literal["ends", "same"]
 Channel = Literal["cosine", "euclidean", "l1", "linf"]
 CHANNELS: tuple[Channel, ...] = get_args(Channel)
 AnchorChoice = Literal["random", "kmeans", "farthest"]
-Columns: TypeAlias = dict[str, Tensor]
 POWERS = {"euclidean": 2.0, "l1": 1.0, "linf": float("inf")}
 LOWER_IS_BETTER = ("mean_rank",)
 ROWS = 4096
@@ -73,7 +72,7 @@ class AlignedActivations(Result):
 
 
 @dataclass(frozen=True)
-class _Rows:
+class _LocatedRows:
     """Rows of activations with the text that they are of."""
 
     text: StoredText
@@ -133,7 +132,7 @@ def align_activations(
             f"Tokens of `a` and `b` must {'end at' if match == 'ends' else 'cover'} the same characters somewhere, got "
             "no pair; try match='ends', or give `tokens` where masks left out text."
         )
-    columns: Columns = {name: getattr(a, name)[at[0]] for name in INT_COLUMNS}
+    columns: dict[str, Tensor] = {name: getattr(a, name)[at[0]] for name in INT_COLUMNS}
     taken = [
         Activations.from_tensor(acts[own], acts.provenance, **columns) for acts, own in zip((a, b), at, strict=True)
     ]
@@ -143,7 +142,7 @@ def align_activations(
     )  # fmt: skip
 
 
-def _locate(name: str, acts: Activations, model: Model, tokens: Tokens | None) -> _Rows:
+def _locate(name: str, acts: Activations, model: Model, tokens: Tokens | None) -> _LocatedRows:
     """The rows in their text."""
     columns = [getattr(acts, column) for column in INT_COLUMNS]
     if any(column is None for column in columns):
@@ -153,7 +152,7 @@ def _locate(name: str, acts: Activations, model: Model, tokens: Tokens | None) -
         )
     own = [column.numpy() for column in columns]
     if tokens is None:
-        return _Rows(make_text(own, model), np.arange(len(acts)))
+        return _LocatedRows(make_text(own, model), np.arange(len(acts)))
     mask = None if acts.provenance is None else mask_of(acts.provenance)
     keep = tokens.attention_mask if mask is None or mask.max_norm_ratio is not None else mask.apply(tokens).keep
     text, places = text_of(tokens, model), (tokens.attention_mask.flatten().cumsum(0) - 1)[keep.flatten()].numpy()
@@ -163,10 +162,10 @@ def _locate(name: str, acts: Activations, model: Model, tokens: Tokens | None) -
             f"`tokens` must be those that `{name}` was collected from, with a mask that needs no norms, got others "
             f"({len(places)} tokens that the mask keeps for {len(acts)} rows)."
         )
-    return _Rows(text, places)
+    return _LocatedRows(text, places)
 
 
-def _pair_tokens(found: AlignedRows, sides: list[_Rows], match: PairRule) -> tuple[np.ndarray, ...]:
+def _pair_tokens(found: AlignedRows, sides: list[_LocatedRows], match: PairRule) -> tuple[np.ndarray, ...]:
     """Rows of both sides whose tokens end at the same characters, in the order of a."""
     parts: list[np.ndarray] = [np.zeros((2, 0), np.int64)]
     for documents in found.texts[0].batches(found.documents.tolist()):
@@ -262,8 +261,8 @@ class Anchors:
         ValueError: for fewer than 2 anchors, anchors that are all equal, and values that are not finite.
 
     >>> anchors = Anchors(torch.tensor([[1.0, 0.0], [0.0, 1.0], [-1.0, -1.0]]))
-    >>> anchors.relate(torch.tensor([[2.0, 0.0]])).round(decimals=3).tolist()
-    [[1.0, 0.0, -0.707]]
+    >>> anchors.relate(torch.tensor([[2.0, 0.0]]))
+    tensor([[ 1.0000,  0.0000, -0.7071]])
     """
 
     rows: Float[Tensor, "n_anchors d"]
@@ -422,8 +421,8 @@ class _PairTable:
 
     x: Tensor
     y: Tensor
-    unit_x: Tensor
-    unit_y: Tensor
+    normed_x: Tensor
+    normed_y: Tensor
     sample: Int[np.ndarray, "m"]
     ranks: Float[np.ndarray, "m m"]
     """rank of every sampled row of y for every one of x, 1 for the nearest"""
@@ -436,11 +435,11 @@ class _PairTable:
         from scipy.stats import rankdata
 
         mean = y.mean(0)
-        unit_x, unit_y = (torch.nn.functional.normalize(rows - mean, dim=1, eps=1e-300) for rows in (x, y))
-        ranks = rankdata(-(unit_x[sample] @ unit_y[sample].T).numpy().round(12), axis=1)
+        normed_x, normed_y = (torch.nn.functional.normalize(rows - mean, dim=1, eps=1e-300) for rows in (x, y))
+        ranks = rankdata(-(normed_x[sample] @ normed_y[sample].T).numpy().round(12), axis=1)
         first = ranks == ranks.min(1, keepdims=True)
         spread = float((y - mean).square().sum())
-        return cls(x, y, unit_x, unit_y, sample, ranks, first / first.sum(1, keepdims=True), spread)
+        return cls(x, y, normed_x, normed_y, sample, ranks, first / first.sum(1, keepdims=True), spread)
 
     def score(self, order: np.ndarray, sampled: np.ndarray) -> dict[str, float]:
         """The scores of a pairing, of all rows and of the sampled ones."""
@@ -448,7 +447,7 @@ class _PairTable:
         missed = float((self.x - self.y[order]).square().sum())
         return {
             "r2": 1 - missed / self.spread if self.spread > 0 else float("nan"),
-            "cosine": float((self.unit_x * self.unit_y[order]).sum(1).mean()),
+            "cosine": float((self.normed_x * self.normed_y[order]).sum(1).mean()),
             "mean_rank": float(self.ranks[rows, sampled].mean()),
             "top1": float(self.first[rows, sampled].mean()),
         }

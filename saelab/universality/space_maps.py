@@ -389,8 +389,8 @@ def _fit(method: MapMethod, x: Tensor, y: Tensor, rank: int | None = None) -> Ri
     if method == "linear":
         before, after, inverted = None, x.T @ y, x
     else:
-        unit_x, inverted = (torch.nn.functional.normalize(side, dim=1, eps=1e-300) for side in (x, y))
-        before, after = unit_x.T @ inverted, None
+        normed_x, inverted = (torch.nn.functional.normalize(side, dim=1, eps=1e-300) for side in (x, y))
+        before, after = normed_x.T @ inverted, None
     values, vectors = torch.linalg.eigh(inverted.T @ inverted)
     mean, least = values.mean(), values[-1] * len(values) * torch.finfo(values.dtype).eps
     start = vectors if before is None else before @ vectors

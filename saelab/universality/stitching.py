@@ -38,7 +38,6 @@ SHUFFLED = "linear map, shuffled pairs"
 FEW = 6
 """columns that are shown one by one"""
 Figures: TypeAlias = dict[str, dict[str, float]]
-Score: TypeAlias = Callable[[Tensor], Tensor]
 
 
 class SeedRun(NamedTuple):
@@ -408,7 +407,9 @@ def stitch_heads(
         rows = torch.randperm(len(x), generator=generator)[:n_pairs]
         documents = learn.doc_ids[learn.attention_mask].numpy()[rows]
         maps = fit_maps(x[rows], y[rows], methods, documents, seed)
-        edits: dict[str, Score | None] = {"direct": torch.clone if widths[0] == widths[1] else None}
+        edits: dict[str, Callable[[Tensor], Tensor] | None] = {
+            "direct": torch.clone if widths[0] == widths[1] else None
+        }
         edits |= {name: one.apply for name, one in maps.items()}
         test = test[:n_test]
         return SeedRun(_score_heads(models, (at[0], at[1]), learn, test, edits), len(x), int(test.predicts.sum()))
@@ -442,7 +443,11 @@ def _batches(tokens: Tokens) -> list[Tokens]:
 
 @torch.no_grad()
 def _score_heads(
-    models: tuple[Model, Model], at: tuple[str, str], learn: Tokens, test: Tokens, edits: dict[str, Score | None]
+    models: tuple[Model, Model],
+    at: tuple[str, str],
+    learn: Tokens,
+    test: Tokens,
+    edits: dict[str, Callable[[Tensor], Tensor] | None],
 ) -> Figures:
     """Loss and share of right predictions of the models alone, by token frequency, and with activations replaced."""
     counts = torch.bincount(learn.ids[learn.attention_mask].long(), minlength=models[0].cfg.d_vocab) + 1.0
