@@ -9,6 +9,8 @@ character. Parts are kept in the folder, one file of each, and not measured agai
     probes      AUROC of probes of concepts, and of directions between their means, by way of use (`stitch_probes`)
     saes        a TopK SAE of `tales` carried: FVU, and agreement of its features with themselves at home (`stitch_sae`)
     heads       next tokens predicted by the other's head from activations of `tales`; not with another tokenizer
+    steering    log of the probability of a class of words (13 root concepts) when the other model is steered by a
+                direction carried from `tales`, its own, or a random one, each as long as its own; one vocabulary
     maps        held-out pairs: R^2, rank and top-1 of maps of 100 to 3,000 pairs, and of relative representations
     spaces      SVCCA, CKA, RSA and other measures beside pairings shuffled in blocks, and of an untrained copy
     layers      SVCCA, CKA and RSA of every two blocks, of the first seed
@@ -47,7 +49,7 @@ CHANNELS = ("cosine", "euclidean", "l1", "linf", "product")
 MEASURES = ("svcca", "svcca_one", "linear_cka", "rsa", "procrustes", "relative_agreement", "neighbor_overlap")
 D_SAE, K = 512, 16
 N_COMPARED = 4000
-PARTS = ("probes", "saes", "heads", "maps", "spaces", "layers")
+PARTS = ("probes", "saes", "heads", "steering", "maps", "spaces", "layers")
 
 
 class Pair:
@@ -169,6 +171,65 @@ def add(found: dict[str, Any], figures: dict[str, dict[str, tuple[float, ...]]])
     for row, columns in figures.items():
         for column, values in columns.items():
             found.setdefault(row, {}).setdefault(column, []).extend(values)
+
+
+def measure_steering(pair: Pair) -> dict[str, Any]:
+    if not pair.same_tokens:
+        return {"figures": {}, "reason": "the models have different vocabularies"}
+    found: dict[str, Any] = {}
+    for seed in pair.args.seeds:
+        stories = pair.stories(seed)
+        tokens, words = stories.tokens(), words_of_classes(stories)
+        acts = [
+            torch.cat([sl.lm.capture(model, ids, [hook])[hook] for ids in tokens.ids.split(40)])
+            for model, hook in zip(pair.models, pair.hooks, strict=True)
+        ]
+        half = len(tokens) // 2
+        predicts, documents = tokens.predicts[:half], tokens.doc_ids[:half]
+        follows = tokens.ids[:half].roll(-1, 1)[predicts]
+        x, y = (side[:half][predicts].float() for side in acts)
+        rows = torch.randperm(len(x), generator=torch.Generator().manual_seed(seed))
+        for n in pair.args.n_pairs:
+            chosen, of = rows[:n], documents[predicts][rows[:n]].numpy()
+            maps = {
+                f"{m} map": fit_map(x[chosen], y[chosen], m, doc_ids=of) for m in ("linear", "orthogonal", "anchors")
+            }
+            maps["linear map, shuffled pairs"] = fit_map(x[chosen], y[chosen.flip(0)], doc_ids=of)
+            for name, ids in words.items():
+                marks = torch.isin(follows, ids)
+                mine, own = (side[marks].mean(0) - side[~marks].mean(0) for side in (x, y))
+                steps = {"own": own, "random": torch.randn(len(own), generator=torch.Generator().manual_seed(seed))}
+                steps |= {title: mine @ one.W for title, one in maps.items()}
+                before = log_share(pair, tokens[half : half + 30], ids, None)
+                for title, step in steps.items():
+                    after = log_share(pair, tokens[half : half + 30], ids, step * own.norm() / step.norm())
+                    kept = found.setdefault(f"{n} pairs", {}).setdefault(title, {})
+                    kept.setdefault(name, []).append(after - before)
+        for n, table in found.items():
+            means = {title: round(float(np.mean([v[-1] for v in one.values()])), 3) for title, one in table.items()}
+            print(seed, n, means, flush=True)
+    return {"figures": found}
+
+
+def words_of_classes(stories: Stories) -> dict[str, torch.Tensor]:
+    """Ids of the words of each root concept: those of which most occurrences are labeled."""
+    labels, ids = stories.labels, torch.from_numpy(np.asarray(stories.token_ids)).long()
+    n = torch.bincount(ids)
+    found = {}
+    for one in labels.concepts:
+        if one.kind == "root":
+            rate = torch.bincount(ids[labels[one.name]], minlength=len(n)) / n.clamp(min=1)
+            found[one.name] = (rate > 0.5).nonzero()[:, 0]
+    return found
+
+
+def log_share(pair: Pair, tokens: sl.Tokens, ids: torch.Tensor, step: torch.Tensor | None) -> float:
+    """Mean log of the probability that the next token is one of some words, where it is another."""
+    edits = {} if step is None else {pair.hooks[1]: lambda x: x + step.to(x)}
+    with sl.splice(pair.models[1], edits):
+        shares = sl.lm.logits(pair.models[1], tokens.ids).float().softmax(-1)[..., ids].sum(-1)
+    others = tokens.predicts & ~torch.isin(tokens.ids.roll(-1, 1), ids)
+    return float(shares[others].clamp(min=1e-12).log().mean())
 
 
 def measure_maps(pair: Pair) -> dict[str, Any]:
