@@ -209,6 +209,7 @@ class SpaceMap:
             if plain.pop("kind", None) != KIND:
                 raise ValueError(f"A map must be of kind '{KIND}', got another; give what `save_pretrained` wrote.")
             told = read_fields(_Told, plain)
+            of_a, of_b = (None if one is None else Provenance.from_dict(one) for one in (told.origin_a, told.origin_b))
             check_seal()
         tensors = load_tensors(Path(folder) / TENSORS)
         d_a, d_b = (tensors[name].numel() if name in tensors else 0 for name in ("mean_a", "mean_b"))
@@ -217,7 +218,6 @@ class SpaceMap:
             Path(folder) / TENSORS
         ):
             raise ValueError(f"{Path(folder) / TENSORS} must hold the weights that {FACTS} tells of. Was it replaced?")
-        of_a, of_b = (None if one is None else Provenance.from_dict(one) for one in (told.origin_a, told.origin_b))
         return cls(
             **tensors, method=told.method, n_pairs=told.n_pairs, rank=told.rank, ridge=told.ridge,
             ridge_chosen=told.ridge_chosen, origin_a=of_a, origin_b=of_b,
