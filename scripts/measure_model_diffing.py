@@ -158,11 +158,11 @@ def diff(seed: int, args: argparse.Namespace) -> dict[str, object]:
         name: [collect(path, as_tokens(part), args) for part in (train, test)]
         for name, path in models_of(seed, args).items()
     }
-    marks, told = marks_of(rows["base"][1], test), {}
+    marks, told, diffs = marks_of(rows["base"][1], test), {}, {}
     for pair, other in PAIRS.items():
         both, held = (sl.Activations.join({"base": rows["base"][i], "other": rows[other][i]}) for i in (0, 1))
         sae = fit(both, args.out / f"crosscoder-{other}-{seed}", seed, args)
-        found = sl.universality.diff_models(sae, held)
+        found = diffs[pair] = sl.universality.diff_models(sae, held)
         inside = shares_in(sae.encode_sparse(held[:].float()), marks, sae.cfg.d_sae)
         first = found.rank("b", 10)
         told[pair] = {
@@ -179,9 +179,47 @@ def diff(seed: int, args: argparse.Namespace) -> dict[str, object]:
             "only or weak: of the register": sum(
                 bool(inside[j] >= 0.5) for kind in ("only_b", "weak_in_a") for j in found.top(kind)
             ),
+            **explain_weak(sae, held, found),
         }
+        if pair == "new register":
+            register = inside
         print(f"seed {seed}, {pair}:", json.dumps(told[pair], indent=1), flush=True)
+    null = diffs["null"]
+    for level in (0.02, 0.05):
+        judged = diffs["new register"].calibrate(null, level)
+        told[f"limits of the null pair, level {level}"] = {
+            "shared from": judged.shared,
+            "new register": judged.counts,
+            "null": null.calibrate(null, level).counts,
+            "only or weak: of the register": sum(
+                bool(register[j] >= 0.5) for kind in ("only_b", "weak_in_a") for j in judged.top(kind)
+            ),
+        }
+    print(f"seed {seed}:", json.dumps({k: v for k, v in told.items() if k.startswith("limits")}, indent=1), flush=True)
     return told
+
+
+def explain_weak(sae: sl.SAE, held: sl.Activations, found: "sl.universality.ModelDiff") -> dict[str, float]:
+    """Is what is weak smaller, or turned? Of weak and of shared latents the median: cosine of the two decoder rows,
+    strength along the stronger row, strength in whatever direction is best, and share of tokens.
+    """
+    free = sl.universality.diff_models(sae, held, same_space=False)
+    a, b = sae.W_dec.detach().chunk(2, dim=1)
+    figures = {
+        "cosine of rows": torch.cosine_similarity(a, b, dim=1).numpy(),
+        "strength": found.nu_error,
+        "strength in any direction": free.nu_error,
+        "share of tokens": found.firings / found.n_tokens,
+        "share of variance": found.variance_frac,
+    }
+    kinds = np.array(found.kinds)
+    groups = {"weak": np.isin(kinds, ("weak_in_a", "weak_in_b")), "shared": kinds == "shared"}
+    return {
+        f"{group}: {name}": round(float(np.median(values[chosen])), 5)
+        for group, chosen in groups.items()
+        for name, values in figures.items()
+        if chosen.any()
+    }
 
 
 def compare(seed: int, args: argparse.Namespace) -> dict[str, object]:

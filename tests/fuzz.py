@@ -136,6 +136,15 @@ def read_labels(folder: Path, made: Any) -> None:
         read_entries(path)
 
 
+def write_map(folder: Path) -> None:
+    x = activations()
+    sl.universality.fit_map(x, sl.Activations.from_tensor(x[:].flip(1), x.provenance)).save_pretrained(folder)
+
+
+def read_map(folder: Path, made: Any) -> None:
+    sl.universality.SpaceMap.from_pretrained(folder).apply(torch.ones(3, 8))
+
+
 def foreign_kinds() -> list[Kind]:
     writers: list[Callable[[Path], Any]] = [
         foreign.saelens_standard, foreign.saelens_topk, foreign.saelens_jumprelu, foreign.saelens_gated,
@@ -156,6 +165,7 @@ KINDS = [
     Kind("store", write_store, read_store),
     Kind("run", lambda folder: train(folder, resume=False) and None, read_run),
     Kind("labels", write_labels, read_labels),
+    Kind("map", write_map, read_map),
     *foreign_kinds(),
 ]
 

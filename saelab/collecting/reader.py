@@ -292,10 +292,7 @@ class TextSource:
 
     def text(self) -> StoredText:
         """All tokens, including those that the mask leaves out."""
-        kept, tokens = self.tokens.attention_mask.flatten(), self.tokens
-        positions = torch.arange(tokens.ctx_len).expand_as(tokens.ids)
-        columns = (tokens.ids, tokens.doc_ids, positions)
-        return _make_text([column.flatten()[kept].numpy() for column in columns], self.reader.model)
+        return text_of(self.tokens, self.reader.model)
 
     def request(self) -> dict[str, Any]:
         """The arguments that determine the rows, as a dictionary for JSON."""
@@ -384,7 +381,7 @@ class ActivationsSource:
     def text(self) -> StoredText:
         """The tokens of the rows."""
         columns = (self.acts.token_ids, self.acts.doc_ids, self.acts.positions)
-        return _make_text([column.numpy() for column in columns if column is not None], self.model)
+        return make_text([column.numpy() for column in columns if column is not None], self.model)
 
     def request(self) -> dict[str, Any]:
         """The arguments that determine the rows, as a dictionary for JSON."""
@@ -395,7 +392,14 @@ class ActivationsSource:
         return self._origin
 
 
-def _make_text(columns: Sequence[np.ndarray], model: Model | None) -> StoredText:
+def text_of(tokens: Tokens, model: Model | None) -> StoredText:
+    """All tokens but padding, with the strings of the model's tokenizer; without strings where there is none."""
+    kept, positions = tokens.attention_mask.flatten(), torch.arange(tokens.ctx_len).expand_as(tokens.ids)
+    return make_text([x.flatten()[kept].numpy() for x in (tokens.ids, tokens.doc_ids, positions)], model)
+
+
+def make_text(columns: Sequence[np.ndarray], model: Model | None) -> StoredText:
+    """A text of token ids, documents and positions, with strings as `text_of` gives them."""
     token_ids, doc_ids, positions = columns
     known = model is not None and model.tokenizer is not None
     strings = token_strings(model.tokenizer, np.unique(token_ids).tolist()) if known and model is not None else {}

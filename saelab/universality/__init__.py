@@ -28,6 +28,17 @@ if TYPE_CHECKING:
         diff_models as diff_models,
     )
     from saelab.universality.nearest import Nearest as Nearest
+    from saelab.universality.paired_spaces import (
+        AlignedActivations as AlignedActivations,
+        AnchorChoice as AnchorChoice,
+        Anchors as Anchors,
+        Channel as Channel,
+        PairRule as PairRule,
+        PairScores as PairScores,
+        align_activations as align_activations,
+        choose_anchors as choose_anchors,
+        score_pairs as score_pairs,
+    )
     from saelab.universality.planted_recovery import (
         Recovery as Recovery,
         RecoveryTable as RecoveryTable,
@@ -59,6 +70,20 @@ if TYPE_CHECKING:
     from saelab.universality.source_translation import (
         Translation as Translation,
         score_translation as score_translation,
+        stitch_sae as stitch_sae,
+    )
+    from saelab.universality.space_maps import (
+        MapMethod as MapMethod,
+        SpaceMap as SpaceMap,
+        SpaceRows as SpaceRows,
+        fit_map as fit_map,
+    )
+    from saelab.universality.stitching import (
+        Readout as Readout,
+        RelativeSpace as RelativeSpace,
+        StitchTable as StitchTable,
+        stitch_heads as stitch_heads,
+        stitch_probes as stitch_probes,
     )
     from saelab.universality.universal_features import (
         Comparisons as Comparisons,

@@ -28,6 +28,7 @@ from saelab.universality.document_text import (
     TOKENS_AT_ONCE,
     Spelled,
     SpelledText,
+    TextRows,
     find_ids,
     find_overlap,
 )
@@ -192,7 +193,7 @@ def _digest(spelled: Spelled, key: Key) -> list[bytes | None]:
     return [None if one is None else blake2b(one, digest_size=16).digest() for one in keys]
 
 
-class _Pairs(NamedTuple):
+class TokenPairs(NamedTuple):
     """Tokens of some documents of both sides that share characters."""
 
     sides: tuple[Spelled, Spelled]
@@ -218,7 +219,7 @@ class AlignedRows:
     per row of a. Documents of a are processed in groups that do not overlap, mostly one each, so that rows ascend.
     """
 
-    def __init__(self, a: FeatureStore, b: FeatureStore) -> None:
+    def __init__(self, a: TextRows, b: TextRows) -> None:
         self.stores = a, b
         self.texts = SpelledText(a.text), SpelledText(b.text)
         versions = Versions(self.texts)
@@ -240,10 +241,10 @@ class AlignedRows:
         marks, counts = np.zeros(len(self.stores[0]), bool), np.zeros(len(borders), np.int64)
         whys = np.zeros((2, len(REASONS)), np.int64)
         n_sole = n_rows_b = 0
-        for first, end in self._batches(0, len(borders)):
-            pairs = self._pair(self._members(first, end))
+        for first, end in self.batches(0, len(borders)):
+            pairs = self.pair(self.members(first, end))
             found = [store.where.find(side.places)[1] for store, side in zip(self.stores, pairs.sides, strict=True)]
-            kept, (mine, theirs) = _find_rows(pairs, found)
+            kept, (mine, theirs) = find_rows(pairs, found)
             n_sole += int(pairs.sole[kept].sum())
             rows, rows_b = number_rows(mine)[0], number_rows(theirs)[0]
             marks[rows], n_rows_b = True, n_rows_b + len(rows_b)
@@ -283,10 +284,10 @@ class AlignedRows:
             return csr_matrix((0, self.shape[1]), dtype=np.float32)
         first = int(np.searchsorted(self._offsets, start, "right")) - 1
         end = int(np.searchsorted(self._offsets, stop))
-        parts = [self._weigh(self._members(*batch)) for batch in self._batches(first, end)]
+        parts = [self._weigh(self.members(*batch)) for batch in self.batches(first, end)]
         return vstack(parts, format="csr")[start - self._offsets[first] : stop - self._offsets[first]]
 
-    def _batches(self, first: int, end: int) -> Iterator[tuple[int, int]]:
+    def batches(self, first: int, end: int) -> Iterator[tuple[int, int]]:
         """Groups of at most TOKENS_AT_ONCE tokens together, or a longer one alone."""
         while first < end:
             before = self._n_tokens[first - 1] if first else 0
@@ -295,11 +296,11 @@ class AlignedRows:
             yield first, stop
             first = stop
 
-    def _members(self, first: int, end: int) -> Integer[np.ndarray, "n"]:
+    def members(self, first: int, end: int) -> Integer[np.ndarray, "n"]:
         """The documents of some groups."""
         return self.documents[self._groups[first] : self._groups[end]]
 
-    def _pair(self, documents: Integer[np.ndarray, "n"]) -> _Pairs:
+    def pair(self, documents: Integer[np.ndarray, "n"]) -> TokenPairs:
         """The tokens of some documents and of their partners that share characters."""
         a, b = self.texts[0].spell(documents.tolist()), self.texts[1].spell(self.partners[documents].tolist())
         overlaps = [find_overlap(a, b, k, k) for k in range(len(documents))]
@@ -310,22 +311,22 @@ class AlignedRows:
         mine, theirs = a.tokens[at[0]], b.tokens[at[1]]
         first = np.flatnonzero(np.append(True, (np.diff(mine) != 0) | (np.diff(theirs) != 0)))
         shared = np.add.reduceat(np.concatenate([overlap.shares for overlap in known]), first)
-        return _Pairs((a, b), (at[0], at[1]), (unclear[0], unclear[1]), (mine[first], theirs[first]), shared)
+        return TokenPairs((a, b), (at[0], at[1]), (unclear[0], unclear[1]), (mine[first], theirs[first]), shared)
 
     def _weigh(self, documents: Integer[np.ndarray, "n"]) -> "csr_matrix":
         """The weights of all aligned rows of some documents, which are whole groups."""
         from scipy.sparse import csr_matrix
 
-        pairs = self._pair(documents)
+        pairs = self.pair(documents)
         found = [store.where.find(side.places)[1] for store, side in zip(self.stores, pairs.sides, strict=True)]
-        kept, (mine, theirs) = _find_rows(pairs, found)
+        kept, (mine, theirs) = find_rows(pairs, found)
         rows, numbers = number_rows(mine)
         shared = pairs.shared[kept]
         weights = (shared / np.bincount(numbers, shared)[numbers]).astype(np.float32)
         return csr_matrix((weights, (numbers, theirs)), shape=(len(rows), self.shape[1]))
 
 
-def _find_rows(pairs: _Pairs, found: list[np.ndarray]) -> tuple[np.ndarray, list[np.ndarray]]:
+def find_rows(pairs: TokenPairs, found: list[np.ndarray]) -> tuple[np.ndarray, list[np.ndarray]]:
     """Which pairs of tokens both masks kept, and the rows of these; `found` are those of all tokens."""
     rows = [own[tokens] for own, tokens in zip(found, pairs.tokens, strict=True)]
     kept = (rows[0] >= 0) & (rows[1] >= 0)
@@ -435,7 +436,7 @@ def align_rows(a: FeatureStore, b: FeatureStore) -> Alignment:
     return Alignment(rows=found.rows[:], rows_b=rows_b, weights=weights, **format_counts(found))
 
 
-def find_common_rows(a: FeatureStore, b: FeatureStore) -> CommonRows | None:
+def find_common_rows(a: TextRows, b: TextRows) -> CommonRows | None:
     """The rows of two stores of the same tokens at the positions that both masks kept, or None where their tokens
     differ.
 
@@ -459,7 +460,7 @@ def find_common_rows(a: FeatureStore, b: FeatureStore) -> CommonRows | None:
     return rows, rows_b
 
 
-def _same_places(a: FeatureStore, b: FeatureStore) -> bool:
+def _same_places(a: TextRows, b: TextRows) -> bool:
     parts = (slice(start, start + ROWS_AT_ONCE) for start in range(0, len(a), ROWS_AT_ONCE))
     return len(a) == len(b) and all(np.array_equal(a.where[part], b.where[part]) for part in parts)
 

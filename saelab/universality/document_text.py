@@ -7,14 +7,14 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import NamedTuple
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Bool, Float, Int, Integer
 
 from saelab.functional.indices import ROWS_AT_ONCE, find_runs
 from saelab.labels.rules.token_view import SPECIAL
-from saelab.stores.corpus import StoredText
+from saelab.stores.corpus import Places, StoredText
 
 UNKNOWN = 0xFE
 """Byte for a token whose text is not known; UTF-8 has no such byte."""
@@ -42,6 +42,21 @@ REASONS = (
     "masked on the other side",
 )
 SPECIALS, WHITE, ELSEWHERE, BEHIND, SPLIT, MASKED = range(len(REASONS))
+
+
+@runtime_checkable
+class TextRows(Protocol):
+    """Rows of a text, such as those of a feature store: the tokens that a mask kept, and all tokens."""
+
+    def __len__(self) -> int: ...
+
+    @property
+    def text(self) -> StoredText:
+        """All tokens."""
+
+    @property
+    def where(self) -> Places:
+        """Index in `text` of each row."""
 
 
 def bridge(a: bytes, b: bytes) -> tuple[Int[np.ndarray, "n"], Int[np.ndarray, "n"]] | None:

@@ -6,7 +6,7 @@ scaling (arXiv:2504.02922) measures how much of the latent is left in what the s
 
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -95,6 +95,39 @@ class ModelDiff(Result):
         stronger = self.relative_norm < 0.5 if side == "a" else self.relative_norm >= 0.5
         chosen = np.flatnonzero(stronger & (self.gain > 0))
         return chosen[np.argsort(-self.gain[chosen], kind="stable")][:n].tolist()
+
+    def calibrate(self, null: "ModelDiff", level: float = 0.05) -> "ModelDiff":
+        """The same latents judged by limits of a null pair, such as a copy that was trained as long on the old data.
+
+        `shared` becomes the strength that `level` of the null pair's latents stay below, and `absent` is no higher. So
+        of latents that changed no more than those of the null pair about that share is not called shared, whatever the
+        null pair's training has turned or shrunk.
+
+        Args:
+            null: diff of the null pair, by a crosscoder of the same kind.
+            level: share of the null pair's latents that may fall below.
+
+        Raises:
+            ValueError: for a level out of range, and a null pair of which no latent was judged.
+        """
+        judged = ~np.isin(np.array(null.kinds), ("unsure", "silent"))
+        if not 0 < level < 1 or not judged.any():
+            raise ValueError(
+                f"`level` must be between 0 and 1, of a null pair with judged latents, got {level} and "
+                f"{int(judged.sum())} latents."
+            )
+        shared = float(np.quantile(null.nu_error[judged], level))
+        absent = min(self.absent, shared)
+        kinds = tuple(
+            kind if kind in ("unsure", "silent") or nu < absent else _judge(nu, 0.0, stronger, absent, shared, 1.0)
+            for kind, nu, stronger in zip(self.kinds, self.nu_error.tolist(), self._stronger, strict=True)
+        )
+        return replace(self, kinds=kinds, absent=absent, shared=shared)
+
+    @property
+    def _stronger(self) -> list[int]:
+        """The source of the larger decoder norm of each latent, 0 for a."""
+        return (self.relative_norm > 0.5).astype(int).tolist()
 
     def top(self, kind: LatentKind, n: int | None = None) -> list[int]:
         """Numbers of the latents of a kind, those of the largest share of variance first.

@@ -1,17 +1,36 @@
-"""`score_translation`: how well codes from one source of a crosscoder reconstruct the others, and fire with theirs."""
+"""Codes used beyond their own space: from one source of a crosscoder for the others, of one model's SAE for another."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int, Shaped
+from torch import Tensor
 
+from saelab.evaluation.feature_classifiers import encode_csr
 from saelab.functional.metrics import ReconstructionSums
+from saelab.functional.statistics import correlation_of_sums, f1
 from saelab.sae.compatibility import match_activations, require_finite, require_threshold
+from saelab.sae.initialization import make_untrained
 from saelab.sae.sae import SAE
 from saelab.sae.source_views import find_columns
 from saelab.stores.activations import Activations
 from saelab.stores.results import Result, format_table
+from saelab.universality.space_maps import MapMethod, SpaceRows, read_pairs
+from saelab.universality.stitching import (
+    METHODS,
+    SHUFFLED,
+    Figures,
+    SeedRun,
+    StitchTable,
+    TokenSplit,
+    fit_maps,
+    number_documents,
+    tabulate,
+    tell_widths,
+)
 
 PART = 4096  # rows encoded at a time
 
@@ -102,3 +121,111 @@ def score_translation(sae: SAE, acts: Activations, *, seed: int = 0, allow_misma
         cofiring_shuffled=(shuffled / fired.clamp(min=1)).numpy(),
         latent_cofiring=(fires_all / fires_any.clamp(min=1) + never).cpu().numpy(),
     )
+
+
+def stitch_sae(
+    sae: SAE,
+    a: SpaceRows,
+    b: SpaceRows,
+    own: SAE | None = None,
+    *,
+    n_pairs: int = 2000,
+    methods: Sequence[MapMethod] = METHODS,
+    n_train: int = 10_000,
+    n_test: int = 10_000,
+    doc_ids: Shaped[Any, "n"] | None = None,
+    seeds: Sequence[int] = (0, 1, 2),
+    allow_mismatch: bool = False,
+) -> StitchTable:
+    """How well an SAE of one model serves another: variance it leaves unexplained, and whether its features fire there
+    for the tokens that they fire for at home.
+
+    Columns: `fvu`, of what it reconstructs; `l0`; `r`, mean over features of Pearson's correlation of their codes with
+    those at home on the same tokens, zeros included; `f1` of firing, mean over features. Carried by a map a feature
+    keeps its number. The other model's own SAE and a random dictionary have no such numbers: there the partner of each
+    feature is the one of largest |r| on other tokens. Features that do not fire at home on the test rows are left out;
+    one that does not fire in the other model has r 0.
+
+    Args:
+        sae: SAE of the first model.
+        a: (n, d_a) activations of that model where the SAE reads.
+        b: (n, d_b) activations of the other model, row i paired with row i of a.
+        own: SAE of the other model, to compare with.
+        n_pairs: pairs that maps are fitted to.
+        methods: maps that are fitted.
+        n_train: most rows on which partners are chosen.
+        n_test: most rows that figures are of.
+        doc_ids: document of each row; None takes those of collected activations, or every row for one.
+        seeds: of the choice of documents and pairs, and of the random dictionary.
+        allow_mismatch: accept activations of another model or hook point than the SAEs'.
+
+    Raises:
+        ValueError: for rows that are not pairs, activations that are not the SAEs', and an SAE that cannot be carried.
+    """
+    for one, acts in ((sae, a), (own, b)):
+        if one is not None:
+            require_finite(one)
+            require_threshold(one)
+            if isinstance(acts, Activations):
+                match_activations(one, acts, allow_mismatch)
+    x, y, documents = read_pairs(a, b, doc_ids)
+    numbers, reasons = number_documents(documents, len(x)), tell_widths(sae.cfg.d_in, y.shape[1])
+
+    def run(seed: int) -> SeedRun:
+        split = TokenSplit.make(x, numbers, (n_pairs, n_train, n_test), "random", seed)
+        return split.run(_score_saes(sae, own, x.float(), y.float(), split, methods, numbers, seed))
+
+    return tabulate("SAE features of a on b", seeds, n_pairs, reasons, run)
+
+
+def _score_saes(
+    sae: SAE, own: SAE | None, x: Tensor, y: Tensor, split: TokenSplit, methods: Sequence[MapMethod],
+    documents: np.ndarray, seed: int,
+) -> Figures:  # fmt: skip
+    pairs, train, test = split
+    home = {part: encode_csr(sae, x[rows]) for part, rows in (("train", train), ("test", test))}
+    maps = fit_maps(x[pairs], y[pairs], methods, documents[pairs], seed)
+    carried = {name: one.carry_sae(sae, allow_mismatch=True) for name, one in maps.items()}
+    random = make_untrained(carried[SHUFFLED], y[train], seed=seed)
+    found = {"own": _measure_sae(sae, x[test], home["test"], None)}
+    for name, one in (("other's own", own), ("random dictionary", random)):
+        if one is not None:
+            partners = _find_partners(home["train"], encode_csr(one, y[train]))
+            found[name] = _measure_sae(one, y[test], home["test"], partners)
+    nothing = dict.fromkeys(("fvu", "l0", "r", "f1"), float("nan"))
+    direct = sae.cfg.d_in == y.shape[1]
+    found["direct"] = _measure_sae(sae, y[test], home["test"], None) if direct else nothing
+    return found | {name: _measure_sae(one, y[test], home["test"], None) for name, one in carried.items()}
+
+
+def _measure_sae(sae: SAE, x: Tensor, home: Any, partners: Int[np.ndarray, "d_sae"] | None) -> dict[str, float]:
+    """The figures of an SAE; `home` are codes at home, `partners` its feature for each of these."""
+    sums, codes = ReconstructionSums(x.shape[1]), encode_csr(sae, x)
+    for part in x.split(4096):
+        sums.add(part, sae(part.to(sae.device)).cpu())
+    there = codes.tocsc() if partners is None else codes.tocsc()[:, partners]
+    live = home.getnnz(0) > 0
+    r = _correlate(home.tocsc(), there)
+    if partners is not None:
+        r = np.abs(r)  # a flipped feature is one too
+    both = np.asarray((home != 0).multiply(there != 0).sum(0)).ravel()
+    fire = f1(both, there.getnnz(0), home.getnnz(0))
+    return {"fvu": sums.fvu, "l0": codes.nnz / len(x), "r": float(r[live].mean()), "f1": float(fire[live].mean())}
+
+
+def _correlate(z: Any, other: Any) -> Float[np.ndarray, "d"]:
+    """Pearson's r of the columns of two sparse matrices, one by one; 0 where one does not vary."""
+    z, other = z.astype(np.float64), other.astype(np.float64)
+    sums = [np.asarray(m.sum(0)).ravel() for m in (z, other, z.multiply(z), other.multiply(other), z.multiply(other))]
+    return np.nan_to_num(correlation_of_sums(z.shape[0], *sums))
+
+
+def _find_partners(z: Any, other: Any) -> Int[np.ndarray, "d_sae"]:
+    """For each column the one of the other matrix with the largest |r|."""
+    z, other = z.astype(np.float64), other.astype(np.float64)
+    mine, theirs = ([np.asarray(m.sum(0)).ravel(), np.asarray(m.multiply(m).sum(0)).ravel()] for m in (z, other))
+    products = (z.T @ other).toarray()
+    r = correlation_of_sums(
+        z.shape[0], mine[0][:, None], theirs[0][None], mine[1][:, None], theirs[1][None], products
+    )  # fmt: skip
+    return np.abs(np.nan_to_num(r)).argmax(1)

@@ -1,6 +1,7 @@
 """Latents of one source and of both: hand-made crosscoders with known answers, and planted atoms found by training."""
 
 from collections import Counter
+from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
@@ -78,6 +79,36 @@ def test_strengths_are_those_that_were_written() -> None:
     assert set(diff.rank("b")) == {4, 6} and set(diff.rank("a", 2)) == {2, 3} and diff.gain[7] == 0
     assert diff.fvu["base"] < 1e-6 and 0.01 < diff.fvu["tuned"] < 0.1
     assert "only tuned" in str(diff) and "giraffe" in diff.format({6: "giraffe"})
+
+
+def test_limits_of_a_null_pair_judge_the_same_latents_again() -> None:
+    diff = diff_models(handmade(), join(*worlds()), min_count=20)
+    # a null pair whose training left strengths of .35 to .9: what is weak at .4 is no more than chance, at .3 it is
+    null = replace(diff, kinds=("shared",) * 8, nu_error=np.linspace(0.35, 0.9, 8))
+    limit = np.quantile(null.nu_error, 0.05)
+    found = diff.calibrate(null)
+    assert found.shared == pytest.approx(limit) and found.absent == diff.absent and 0.3 < limit < 0.4
+    assert found.kinds == (
+        "shared",
+        "shared",
+        "only_a",
+        "decoupled_in_b",
+        "decoupled_in_a",
+        "weak_in_b",
+        "only_b",
+        "silent",
+    )
+    # nothing changed in the null pair: .4 is no chance; and a limit below `absent` moves both
+    still = replace(null, nu_error=np.linspace(0.95, 1, 8))
+    assert diff.calibrate(still).counts["weak_in_b"] == 2
+    loose = diff.calibrate(replace(null, nu_error=np.full(8, 0.1)))
+    assert loose.absent == loose.shared == pytest.approx(0.1) and loose.counts["shared"] == 3
+    assert np.array_equal(found.nu_error, diff.nu_error, equal_nan=True) and diff.shared == 0.5
+    for level in (0.0, 1.0):
+        with pytest.raises(ValueError, match="`level` must be between 0 and 1"):
+            diff.calibrate(null, level)
+    with pytest.raises(ValueError, match=r"with judged latents, got 0\.05 and 0 latents"):
+        diff.calibrate(replace(null, kinds=("unsure",) * 8))
 
 
 def test_noise_is_the_deviation_over_shuffled_pairings() -> None:
