@@ -45,7 +45,12 @@ def _differentiate_decoding(
         assert entries.columns is not None
         spare = memory.pop() if memory else None
         grad_W = torch.empty_like(W_dec) if spare is None else spare
-        grad_values = numba_kernels.decode_gradients(entries.rows, entries.columns, values, grad, W_dec, grad_W)
+        step = memory if memory is not None and memory.sparse else None
+        grad_values, squares = numba_kernels.decode_gradients(
+            entries.rows, entries.columns, values, grad, W_dec, grad_W, step is not None and step.projected
+        )
+        if step is not None:
+            step.note(grad_W, squares.sum())
     else:
         if needs[0]:
             grad_values = sampled_dot(entries.rows, entries.indices, grad, W_dec, entries.order)

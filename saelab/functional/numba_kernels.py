@@ -81,10 +81,17 @@ def _decode_row(rows, starts, values, left, table, latent, total, products):
 
 @kernel(set())
 @no_type_check
-def _decode_gradients(rows, starts, values, left, table, first, last, out, products):
-    """Of latents first to last: gradients of their rows, and every entry's inner product."""
+def _decode_gradients(rows, starts, values, left, table, normals, first, last, out, squares, products):
+    """Of latents first to last: gradients of their rows, without the parts along `normals`, and their squared norms;
+    and every entry's inner product.
+    """
     for latent in range(first, last):
         _decode_row(rows, starts, values, left, table, latent, out[latent], products)
+        squares[latent] = np.float32(0)
+        if starts[latent] < starts[latent + 1]:
+            if len(normals):
+                _project_row(out[latent], normals[latent])
+            squares[latent] = _square(out[latent])
 
 
 @kernel(set())
@@ -305,8 +312,10 @@ def decode_gradients(
     left: Float[Tensor, "n_rows d"],
     table: Float[Tensor, "n d"],
     out: Float[Tensor, "n d"],
-) -> Float[Tensor, "nnz"]:
-    """`sampled_dot(rows, ...)` at the entries, and in the same pass their `weight_gradient`, written into `out`.
+    projected: bool = False,
+) -> tuple[Float[Tensor, "nnz"], Float[Tensor, "n"]]:
+    """`sampled_dot(rows, ...)` at the entries, and in the same pass their `weight_gradient`, written into `out`, and
+    the squared norms of its rows.
 
     Args:
         rows: row of `left` of each entry.
@@ -315,13 +324,15 @@ def decode_gradients(
         left: dense rows.
         table: the decoder, one row per latent.
         out: filled with `sum_e values[e] * left[rows[e]]` over the entries of each latent.
+        projected: whether `out` is to have no part along the table's rows, which are of unit norm.
     """
     order, starts = columns
-    products = torch.empty_like(values)
-    arrays = [_array(t) for t in (rows[order], starts, values[order], left, table)]
-    into, made = _array(out), _array(products)
-    run_parts(lambda a, b: _decode_gradients(*arrays, a, b, into, made), len(table))
-    return torch.empty_like(products).index_copy_(0, order, products)
+    products, squares = torch.empty_like(values), values.new_empty(len(table))
+    normals = table if projected else table[:0]
+    arrays = [_array(t) for t in (rows[order], starts, values[order], left, table, normals)]
+    into = [_array(t) for t in (out, squares, products)]
+    run_parts(lambda a, b: _decode_gradients(*arrays, a, b, *into), len(table))
+    return torch.empty_like(products).index_copy_(0, order, products), squares
 
 
 def decode_squares(parts: Sequence[Tensor], table: Float[Tensor, "n d"]) -> tuple[Tensor, Tensor]:

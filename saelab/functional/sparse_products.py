@@ -276,14 +276,28 @@ class GradientMemory:
     spare: Float[Tensor, "d_sae d_in"] | None = None
     """memory to write the gradient into, taken out when it is used: allocating costs more than the product"""
     sparse: bool = False
-    """whether gradients that compiled kernels can take are kept in `found` and not computed"""
+    """whether a step is taken: gradients that compiled kernels can take are kept in `found` and not computed, and those
+    that they compute are projected and noted at once
+    """
     found: SparseGradient | None = None
     """sum of the gradients that were kept"""
+    noted: tuple[int, int, Float[Tensor, ""]] | None = None
+    """address and version of the gradient that was written last, projected if asked for, and its squared norm"""
 
     def pop(self) -> Float[Tensor, "d_sae d_in"] | None:
         """The spare memory, once."""
-        spare, self.spare = self.spare, None
+        spare, self.spare, self.noted = self.spare, None, None
         return spare
+
+    def note(self, grad: Float[Tensor, "d_sae d_in"], square: Float[Tensor, ""]) -> None:
+        """Remember the squared norm of a gradient, which is projected already where that was asked for."""
+        self.noted = grad.data_ptr(), grad._version, square
+
+    def square_of(self, grad: Tensor | None) -> Float[Tensor, ""] | None:
+        """Squared norm of a gradient that was noted and has not been changed since; else None."""
+        if grad is None or self.noted is None or (grad.data_ptr(), grad._version) != self.noted[:2]:
+            return None
+        return self.noted[2]
 
     def keep(
         self,

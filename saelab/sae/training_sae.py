@@ -418,8 +418,14 @@ class TrainingSAE:
     @torch.no_grad()
     def constrain_gradients(self) -> None:
         """Remove each dictionary row's gradient along the row, which would only change its length."""
-        if self.sae.cfg.dictionary == "unit":
+        if self.sae.cfg.dictionary == "unit" and "W_dec" not in self.gradient_squares:
             project_gradient(self.sae.W_dec)
+
+    @property
+    def gradient_squares(self) -> dict[str, Float[Tensor, ""]]:
+        """Squared norms of gradients that are known, by the names of their weights: one kernel computed both."""
+        square = self.memory["W_dec"].square_of(self.sae.W_dec.grad)
+        return {} if square is None else {"W_dec": square}
 
     @torch.no_grad()
     def constrain_weights(self) -> None:

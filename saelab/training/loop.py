@@ -285,7 +285,8 @@ class TrainingRun:
             own = latent_axes_of(trainable)
             average_gradients(trainable.module, self.ranks, own)
             trainable.constrain_gradients()
-            clip_gradients(trainable.module, self.cfg.clip_norm, self.ranks, own, sparse)
+            known = getattr(trainable, "gradient_squares", None)
+            clip_gradients(trainable.module, self.cfg.clip_norm, self.ranks, own, sparse, known)
             step_adam(trainable.module, optimizer, getattr(trainable, "normalized_rows", ()), sparse)
             del sparse
             trainable.recycle_gradients()

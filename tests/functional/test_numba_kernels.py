@@ -4,12 +4,13 @@ import pytest
 import torch
 
 import saelab as sl
-from saelab.functional import compiled
+from saelab.functional import compiled, sparse_products
 from saelab.functional.codes import Entries, SparseCodes, nested_decode_error
 from saelab.functional.compiled import has_numba, run_parts, use_numba
 from saelab.functional.sparse_products import sampled_dot, transpose_entries
+from saelab.sae.training_sae import TrainingSAE
 from saelab.training.config import TrainConfig
-from saelab.training.optimizer import make_adam, step_adam
+from saelab.training.optimizer import clip_gradients, make_adam, step_adam
 
 needs_numba = pytest.mark.skipif(not has_numba(), reason="needs numba")
 D_IN, D_SAE, N = 40, 300, 200
@@ -183,3 +184,50 @@ def test_a_run_is_the_same_on_kernels_and_resumes_to_the_bit(activation, prefixe
     monkeypatch.setenv("SAELAB_NUMBA", "0")
     # a code that rounding moves across the batch's threshold changes its latent a little
     assert (fit() - whole).norm() < 1e-3 * whole.norm()
+
+
+@needs_numba
+@pytest.mark.parametrize("projected", [False, True])
+def test_decoder_gradients_come_projected_with_their_squares(projected, small):
+    from saelab.functional import numba_kernels
+
+    values, entries = draw_entries()
+    left, W = draw(N, D_IN, seed=2), torch.nn.functional.normalize(draw(D_SAE, D_IN, seed=3), dim=1)
+    out = torch.full((D_SAE, D_IN), 7.0)
+    columns = transpose_entries(entries.indices, D_SAE)
+    products, squares = numba_kernels.decode_gradients(entries.rows, columns, values, left, W, out, projected)
+    expected = torch.zeros(D_SAE, D_IN).index_add_(0, entries.indices, values[:, None] * left[entries.rows])
+    if projected:
+        expected -= (expected * W).sum(1, keepdim=True) * W
+    torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(squares, expected.square().sum(1), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(products, (left[entries.rows] * W[entries.indices]).sum(1), rtol=1e-4, atol=1e-4)
+
+
+@needs_numba
+@pytest.mark.parametrize("aux", [False, True])
+def test_a_step_uses_the_squares_only_of_gradients_that_nobody_changed(aux, small, monkeypatch):
+    monkeypatch.setattr(sparse_products, "MOST_PRODUCTS", 0)  # gradients are computed, not kept as products
+    objective = (sl.ReconstructionLoss(), sl.AuxK(coefficient=0.5, dead_after_tokens=1)) if aux else None
+    cfg = sl.SAEConfig(d_in=D_IN, d_sae=D_SAE, activation=sl.TopK(k=4), **({"objective": objective} if aux else {}))
+    found = []
+    for fused in (True, False):
+        sae = sl.SAE(cfg, seed=0)
+        trainee = TrainingSAE(sae, TrainConfig(n_tokens=4096))
+        if aux:
+            trainee.state["tokens_since_fired"][:200] = 1000  # dead: AuxK adds to their gradients
+        loss = trainee.objective(draw(N, D_IN)).total
+        if fused:
+            trainee.differentiate(loss)
+        else:
+            loss.backward()
+        assert ("W_dec" in trainee.gradient_squares) == (fused and not aux)
+        trainee.constrain_gradients()
+        known = trainee.gradient_squares
+        norm = clip_gradients(sae, 1e9, known=known)
+        found.append((norm, sae.W_dec.grad.clone()))
+        torch.testing.assert_close((sae.W_dec.grad * sae.W_dec).sum(1), torch.zeros(D_SAE), rtol=0, atol=1e-4)
+        sae.W_dec.grad.mul_(2)
+        assert not trainee.gradient_squares
+    for mine, plain in zip(*found, strict=True):
+        torch.testing.assert_close(mine, plain, rtol=1e-4, atol=1e-5 * float(plain.abs().max()))
