@@ -71,7 +71,14 @@ def test_files_by_their_suffix(tmp_path: Path) -> None:
         "a.tsv": rows.getvalue().replace(",", "\t"),
     }
     for name, text in texts.items():
-        for suffix, pack in ((".gz", gzip.compress), (".bz2", bz2.compress), (".xz", lzma.compress), ("", bytes)):
+        packs = (
+            (".gz", gzip.compress),
+            (".bz2", bz2.compress),
+            (".xz", lzma.compress),
+            (".zst", pack_zstd),
+            ("", bytes),
+        )
+        for suffix, pack in packs:
             path = tmp_path / (name + suffix)
             path.write_bytes(pack(text.encode()))
             assert list(read_documents(path)) == TEXTS, path.name
@@ -117,6 +124,52 @@ def test_what_holds_no_documents_is_refused(texts: Any, message: str, tiny: Any)
         tokenize(tiny, texts)
 
 
+def pack_zstd(data: bytes) -> bytes:
+    import pyarrow
+
+    sink = pyarrow.BufferOutputStream()
+    with pyarrow.CompressedOutputStream(sink, "zstd") as file:
+        file.write(data)
+    return bytes(sink.getvalue())
+
+
+@pytest.mark.parametrize("as_path", [False, True])
+@pytest.mark.parametrize(
+    ("name", "asked"),
+    [
+        ("hf://datasets/me/tales/a/b.jsonl.gz", ("me/tales", "a/b.jsonl.gz", "dataset", None)),
+        ("hf://datasets/me/tales@v1.0/b.jsonl.gz", ("me/tales", "b.jsonl.gz", "dataset", "v1.0")),
+        ("hf://datasets/me/tales@refs%2Fpr%2F3/b.jsonl.gz", ("me/tales", "b.jsonl.gz", "dataset", "refs/pr/3")),
+        ("hf://me/model/b.jsonl.gz", ("me/model", "b.jsonl.gz", "model", None)),
+        ("hf://spaces/me/page/b.jsonl.gz", ("me/page", "b.jsonl.gz", "space", None)),
+    ],
+)
+def test_files_on_the_hub_are_fetched(name, asked, as_path, tmp_path, monkeypatch) -> None:
+    import huggingface_hub
+
+    (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress(b'{"text": "one"}\n'))
+    calls = []
+
+    def fetch(repo: str, file: str, *, repo_type: str, revision: str | None) -> str:
+        calls.append((repo, file, repo_type, revision))
+        return str(tmp_path / "b.jsonl.gz")
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", fetch)
+    assert list(read_documents(Path(name) if as_path else name)) == ["one"]
+    assert calls == [asked]
+
+
+def test_a_file_that_the_hub_does_not_give_is_named(monkeypatch) -> None:
+    import huggingface_hub
+
+    def fail(*_: Any, **__: Any) -> str:
+        raise OSError("no connection")
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", fail)
+    with pytest.raises(FileNotFoundError, match=r"hf://datasets/me/tales/a.txt.*could not be fetched"):
+        list(read_documents("hf://datasets/me/tales/a.txt"))
+
+
 def test_files_that_are_no_text_are_named(tmp_path: Path) -> None:
     for name, data, message in [
         ("utf16.txt", "one".encode("utf-16"), "UTF-16"),
@@ -124,6 +177,8 @@ def test_files_that_are_no_text_are_named(tmp_path: Path) -> None:
         ("latin.csv", "text\ncaf\u00e9".encode("latin-1"), "UTF-8"),
         ("cut.jsonl.gz", gzip.compress(b'{"text": "one"}\n' * 99)[:-20], "whole"),
         ("no.txt.gz", b"plain", "whole"),
+        ("cut.jsonl.zst", pack_zstd(b'{"text": "one"}\n' * 99)[:-5], "whole"),
+        ("no.txt.zst", b"plain", "whole"),
         ("a.parquet", b"PAR1", "whole"),
         ("a.zip", b"PK", "Unpack"),
         ("a.json", b"[1, 2", "one JSON value"),
@@ -133,7 +188,10 @@ def test_files_that_are_no_text_are_named(tmp_path: Path) -> None:
             list(read_documents(tmp_path / name))
     with pytest.raises(ValueError, match="folder"):
         list(read_documents(tmp_path))
-    for missing in ("x" * 5000, "~nobody-here/a.txt", "hf://datasets/a/b"):
+    for name in ("hf://datasets/a/b", "hf://b"):
+        with pytest.raises(ValueError, match="hf://datasets/owner/name/path"):
+            list(read_documents(name))
+    for missing in ("x" * 5000, "~nobody-here/a.txt", "s3://bucket/a.txt"):
         with pytest.raises(FileNotFoundError, match="existing file"):
             list(read_documents(missing))
 
