@@ -31,6 +31,7 @@ MAX_UNSURE = 0.1  # of the rows may be searched again in float32; with more, ano
 BLOCK = 8  # entries of a dense row's block: the maxima of blocks are compared first
 SAMPLE = 16  # times k latents are computed first: k of these usually exceed a latent of average size
 MOST_EXACT = 2**19  # weights up to which float32 costs no more than a screen and recomputing its candidates
+CLOSE = 3  # sizes looked at beside those asked for and the next one, which may be too close to decide
 MOST_SORTED = 128  # latents kept in a row: more are not sorted one by one
 PART = 2**22  # pre-activations held at a time
 
@@ -248,7 +249,7 @@ def search_topk(
     tensor([-3.])
     """
     d_sae = len(W)
-    if precision is None and _is_exact(W, k):
+    if precision is None and finds_exactly(W, k):
         return _keep_firing(*_exact_topk(x, W, bias, k, signed), signed, d_sae)
     screen = _make_screen(x, W, bias, signed, precision)
     if screen is None:
@@ -307,7 +308,7 @@ def _make_screen(x: Tensor, W: Tensor, bias: Tensor, signed: bool, precision: Pr
     return Screen(W, bias, precision, signed, like=x)
 
 
-def _is_exact(W: Tensor, k: int) -> bool:
+def finds_exactly(W: Tensor, k: int) -> bool:
     """Whether the largest are taken from a compiled product in float32, which decides by the weights alone."""
     few = k <= MOST_SORTED and 4 * k <= len(W)
     return few and (W.numel() <= MOST_EXACT or len(W) < DENSE_WIDTH) and use_numba(W)
@@ -317,17 +318,51 @@ def _exact_topk(x: Tensor, W: Tensor, bias: Tensor, k: int, signed: bool) -> tup
     """Latents and values of each row's k largest, by `ExactSearch`; what is too close to decide is recomputed."""
     from saelab.functional.exact_search import ExactSearch
 
-    values, indices, found = ExactSearch(W, bias, signed).top(x, k + 1)
-    size = values.abs() if signed else values
-    last, next_one, slack = size[:, k - 1], size[:, k], 2 * bound_rounding(x, W, bias)
+    values, latents, found = ExactSearch(W, bias, signed).top(x, k + 1 + CLOSE)
+    size, slack = values.abs() if signed else values, 2 * bound_rounding(x, W, bias)
+    last = size[:, k - 1]
     # a slack that is not finite makes nothing sure: of such rows NaN would be the largest
-    sure = (last - next_one > slack) | (last < -slack) | ((last == 0) & slack.isfinite())
-    again = (~sure | (found <= k)).nonzero()[:, 0]
-    values, indices = values[:, :k], indices[:, :k]
-    if len(again):
-        indices[again], _ = _dense_topk(x[again], W, bias, k, signed)
-        values[again] = score(x, W, bias, again.repeat_interleave(k), indices[again].flatten()).view(-1, k)
-    return indices, values
+    sure = (last - size[:, k] > slack) | (last < -slack) | ((last == 0) & slack.isfinite())
+    sure &= found == values.shape[1]
+    indices, kept = latents[:, :k], values[:, :k]
+    if bool(sure.all()):
+        return indices, kept
+    again = (~sure).nonzero()[:, 0]
+    floor = (last - slack)[again]
+    known = (size[again, -1] < floor) & (found[again] == values.shape[1])  # all that may be among the k largest
+    near, far = again[known], again[~known]
+    if len(near):
+        possible = (size[near] >= floor[known, None]).nonzero(as_tuple=True)
+        rows, names = near[possible[0]], latents[near][possible]
+        order = (rows * len(W) + names).argsort()
+        best = order[_settle(rows[order], names[order], x, W, bias, k, signed)]
+        indices[near], kept[near] = names[best], values[near][possible][best]
+    if len(far):
+        indices[far], _ = _dense_topk(x[far], W, bias, k, signed)
+        kept[far] = score(x, W, bias, far.repeat_interleave(k), indices[far].flatten()).view(-1, k)
+    return indices, kept
+
+
+def largest_latents(
+    x: Float[Tensor, "n_rows d_in"],
+    W: Float[Tensor, "d_sae d_in"],
+    bias: Float[Tensor, "d_sae"],
+    k: int,
+    signed: bool,
+) -> tuple[Int[Tensor, "n_rows k"], Float[Tensor, "n_rows k"]]:
+    """Latents and values of each row's k largest `u = x W^T + bias`, also where these are negative; not differentiable.
+
+    Args:
+        x: activations.
+        W: encoder, one row per latent.
+        bias: encoder bias.
+        k: latents of each row, at most d_sae.
+        signed: whether the largest are those of |u|.
+
+    >>> largest_latents(torch.tensor([[1.0, -3.0]]), -torch.eye(2), torch.zeros(2), k=2, signed=False)
+    (tensor([[1, 0]]), tensor([[ 3., -1.]]))
+    """
+    return (_exact_topk if finds_exactly(W, k) else _dense_topk)(x, W, bias, k, signed)
 
 
 def _dense_topk(x: Tensor, W: Tensor, bias: Tensor, k: int, signed: bool) -> tuple[Tensor, Tensor]:
