@@ -254,7 +254,7 @@ class _MemoryRows:
 
 
 class _FolderRows:
-    """Columns in safetensors shards, of which the one read last stays mapped; mappings keep no file descriptors open."""
+    """Columns in safetensors shards; the one read last stays mapped, and no file descriptor is kept open."""
 
     def __init__(self, folder: Path, manifest: ActivationsManifest, verify: bool) -> None:
         self.files = manifest.check_shards(folder, verify)

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from saelab.functional.codes import Entries, attach_encoder, sparse_decode
 from saelab.functional.metrics import normalized_error
+from saelab.functional.row_topk import finds_exactly, largest_latents
 from saelab.functional.screening import largest_first
 from saelab.functional.sparse_products import select_rows
-from saelab.functional.topk import finds_exactly, largest_latents
 from saelab.sae.competition import best_of_ranks
 from saelab.sae.objectives.terms import LossTerm, TrainingStep, register_loss_term
 from saelab.training.ranks import GridAxis, RankGrid
