@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from saelab.functional.pruning import needed_codes as needed_codes
     from saelab.functional.pursuit import pursue as pursue, pursue_least_squares as pursue_least_squares
     from saelab.functional.rescoring import bound_rounding as bound_rounding, score as score
+    from saelab.functional.row_topk import largest_latents as largest_latents, topk_latents as topk_latents
     from saelab.functional.screening import Precision as Precision
     from saelab.functional.sparse_products import (
         GradientMemory as GradientMemory,
@@ -50,7 +51,6 @@ if TYPE_CHECKING:
         search_batch_topk as search_batch_topk,
         search_group_max as search_group_max,
         search_topk as search_topk,
-        topk_latents as topk_latents,
     )
 
 __getattr__, __dir__, __all__ = attach(__name__)

@@ -121,7 +121,10 @@ def _openmp() -> ctypes.CDLL | None:
     if not maps.exists() or "ATen parallel backend: OpenMP" not in torch.__config__.parallel_info():
         return None
     files = {line.split(maxsplit=5)[-1] for line in maps.read_text().splitlines() if "libgomp" in line}
-    if len(files) != 1:  # of several it is not known which one runs PyTorch's operations
+    home = Path(torch.__file__).parent
+    if len(files) > 1:  # other libraries bring copies of their own
+        files = {file for file in files if Path(file).parent in (home / "lib", home.with_name("torch.libs"))}
+    if len(files) != 1:  # it is not known which one runs PyTorch's operations
         return None
     library = ctypes.CDLL(files.pop(), mode=os.RTLD_NOW | os.RTLD_NOLOAD)
     library.GOMP_parallel.argtypes = [_CALLBACK, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint]

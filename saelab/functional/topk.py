@@ -21,58 +21,15 @@ from torch import Tensor
 
 from saelab.functional.activation_functions import keep_places
 from saelab.functional.codes import SparseCodes
-from saelab.functional.compiled import use_numba
 from saelab.functional.rescoring import bound_error, bound_rounding, score
-from saelab.functional.screening import Precision, Screen, first_largest, largest_first
+from saelab.functional.row_topk import dense_topk, exact_topk, finds_exactly, topk_latents
+from saelab.functional.screening import Precision, Screen, first_largest
 from saelab.functional.threshold_search import DENSE_WIDTH, is_fused, screening_precision, search_above
 
 WIDE = 2**15  # latents from which on directions are looked for in which the activations lie
 MAX_UNSURE = 0.1  # of the rows may be searched again in float32; with more, another screen costs less
-BLOCK = 8  # entries of a dense row's block: the maxima of blocks are compared first
 SAMPLE = 16  # times k latents are computed first: k of these usually exceed a latent of average size
-MOST_EXACT = 2**19  # weights up to which float32 costs no more than a screen and recomputing its candidates
-MOST_SORTED = 128  # latents kept in a row: more are not sorted one by one
 PART = 2**22  # pre-activations held at a time
-
-
-def row_topk(sizes: Float[Tensor, "n_rows n"], k: int) -> tuple[Float[Tensor, "n_rows k"], Int[Tensor, "n_rows k"]]:
-    """Each row's k largest entries, largest first, and their places; which of equal entries are taken is not defined.
-
-    As `torch.topk`, which on a CPU costs several nanoseconds an entry: the k largest lie in the k blocks with the
-    largest maxima, which are found among a block's share of the entries.
-
-    >>> row_topk(torch.tensor([[1.0, 3.0, 2.0]]), 2)
-    (tensor([[3., 2.]]), tensor([[1, 2]]))
-    """
-    n_rows, n = sizes.shape
-    if sizes.device.type != "cpu" or n % BLOCK or 3 * k * BLOCK > n:  # nothing, or too little, to leave out
-        best = sizes.topk(k, dim=1)
-        return best.values, best.indices
-    blocks = sizes.view(n_rows, BLOCK, n // BLOCK)  # a block is every n/8th entry: its maximum is one of whole rows
-    taken = blocks.amax(1).topk(k, dim=1, sorted=False).indices
-    inside = blocks.gather(2, taken.unsqueeze(1).expand(-1, BLOCK, -1)).flatten(1)
-    best = inside.topk(k, dim=1)
-    return best.values, taken.gather(1, best.indices % k) + best.indices.div(k, rounding_mode="floor") * (n // BLOCK)
-
-
-def find_close(
-    size: Float[Tensor, "n d_sae"], largest: Float[Tensor, "n k1"], slack: Float[Tensor, "n"], k: int
-) -> tuple[Int[Tensor, "n_close"], Int[Tensor, "m"], Int[Tensor, "m"]]:
-    """Rows whose k-th largest size is too close to the next to decide; and of each of the latents that may be among
-    its k largest, the place of its row in these and its number.
-
-    Args:
-        size: the sizes.
-        largest: the k + 1 largest of each row, from `row_topk`.
-        slack: difference below which two sizes of a row count as close.
-        k: number of latents kept.
-    """
-    last, next_one = largest[:, k - 1], largest[:, k]
-    close = ((last - next_one <= slack) & (last > -slack) & (last != 0)).nonzero()[:, 0]
-    if not len(close):
-        return close, close, close
-    rows, latents = (size[close] >= (last - slack)[close, None]).nonzero(as_tuple=True)
-    return close, rows, latents
 
 
 def first_of_tied(size: Float[Tensor, "n m"], latents: Int[Tensor, "n m"], k: int) -> Int[Tensor, "n k"]:
@@ -84,56 +41,6 @@ def first_of_tied(size: Float[Tensor, "n m"], latents: Int[Tensor, "n m"], k: in
     order = size[tied].gather(1, by_latent).sort(dim=1, descending=True, stable=True).indices[:, :k]
     places[tied] = by_latent.gather(1, order)
     return places
-
-
-@torch.no_grad()
-def topk_latents(
-    u: Float[Tensor, "n_rows d_sae"],
-    x: Float[Tensor, "n_rows d_in"],
-    W: Float[Tensor, "d_sae d_in"],
-    bias: Float[Tensor, "d_sae"],
-    k: int,
-    signed: bool,
-) -> Int[Tensor, "n_rows k"]:
-    """Latents of each row's k largest `u = x W^T + bias`; of equal values the lowest latent.
-
-    Args:
-        u: (n_rows, d_sae) the product, already computed.
-        x: activations, for recomputing what is too close to decide.
-        W: encoder, one row per latent.
-        bias: encoder bias.
-        k: latents kept in each row.
-        signed: whether the largest are those of |u|.
-
-    >>> x, W = torch.ones(1, 2), torch.ones(4, 2)
-    >>> topk_latents(x @ W.T, x, W, torch.zeros(4), k=2, signed=False)
-    tensor([[0, 1]])
-    """
-    size = u.abs() if signed else u
-    largest, found = row_topk(size, min(k + 1, size.shape[1]))
-    latents = found[:, :k]
-    if k == size.shape[1] or not len(u):
-        return latents
-    close, rows, possible = find_close(size, largest, 2 * bound_rounding(x, W, bias), k)
-    if len(close):
-        latents[close] = possible[_settle(close[rows], possible, x, W, bias, k, signed)]
-    return latents
-
-
-def _settle(
-    rows: Int[Tensor, "m"], latents: Int[Tensor, "m"], x: Tensor, W: Tensor, bias: Tensor, k: int, signed: bool
-) -> Int[Tensor, "n k"]:
-    """Which of the entries, sorted by row and in a row by latent, are the k largest of each row that has any,
-    recomputed one by one.
-    """
-    exact = score(x, W, bias, rows, latents)
-    number, counts = torch.unique_consecutive(rows, return_inverse=True, return_counts=True)[1:]
-    entries = torch.arange(len(rows), device=rows.device)
-    place = entries - (counts.cumsum(0) - counts)[number]
-    sizes = x.new_full((len(counts), int(counts.max())), -torch.inf)
-    sizes[number, place] = exact.abs() if signed else exact
-    best: Tensor = (counts.cumsum(0) - counts)[:, None] + largest_first(sizes, k)
-    return best
 
 
 @torch.no_grad()
@@ -248,11 +155,11 @@ def search_topk(
     tensor([-3.])
     """
     d_sae = len(W)
-    if precision is None and _is_exact(W, k):
-        return _keep_firing(*_exact_topk(x, W, bias, k, signed), signed, d_sae)
+    if precision is None and finds_exactly(W, k):
+        return _keep_firing(*exact_topk(x, W, bias, k, signed), signed, d_sae)
     screen = _make_screen(x, W, bias, signed, precision)
     if screen is None:
-        return _keep_firing(*_dense_topk(x, W, bias, k, signed), signed, d_sae)
+        return _keep_firing(*dense_topk(x, W, bias, k, signed), signed, d_sae)
     n_candidates = min(d_sae, 2 * k - k // 4 + 4 if screen.precision == "int8" else k + k // 4 + 8)
     approximate, candidates, unseen, noise = screen.top(x, n_candidates)
     rows = torch.arange(len(x), device=x.device)
@@ -264,7 +171,7 @@ def search_topk(
         unseen = unseen + bound_error((size - approximate).abs().amax(1) / noise, noise)
         worst = size.gather(1, places[:, -1:])[:, 0]
         unsure = (~(unseen < worst) & ~(unseen <= 0)).nonzero().squeeze(1)  # NaN decides nothing
-        indices[unsure], _ = _dense_topk(x[unsure], W, bias, k, signed)
+        indices[unsure], _ = dense_topk(x[unsure], W, bias, k, signed)
         values[unsure] = score(x, W, bias, unsure.repeat_interleave(k), indices[unsure].flatten()).view(-1, k)
     return _keep_firing(indices, values, signed, d_sae)
 
@@ -305,50 +212,6 @@ def _make_screen(x: Tensor, W: Tensor, bias: Tensor, signed: bool, precision: Pr
             return LeadingScreen(W, bias, signed, x, leading)
         return FusedScreen(W, bias, signed, like=x)
     return Screen(W, bias, precision, signed, like=x)
-
-
-def _is_exact(W: Tensor, k: int) -> bool:
-    """Whether the largest are taken from a compiled product in float32, which decides by the weights alone."""
-    few = k <= MOST_SORTED and 4 * k <= len(W)
-    return few and (W.numel() <= MOST_EXACT or len(W) < DENSE_WIDTH) and use_numba(W)
-
-
-def _exact_topk(x: Tensor, W: Tensor, bias: Tensor, k: int, signed: bool) -> tuple[Tensor, Tensor]:
-    """Latents and values of each row's k largest, by `ExactSearch`; what is too close to decide is recomputed."""
-    from saelab.functional.exact_search import ExactSearch
-
-    values, indices, found = ExactSearch(W, bias, signed).top(x, k + 1)
-    size = values.abs() if signed else values
-    last, next_one, slack = size[:, k - 1], size[:, k], 2 * bound_rounding(x, W, bias)
-    # a slack that is not finite makes nothing sure: of such rows NaN would be the largest
-    sure = (last - next_one > slack) | (last < -slack) | ((last == 0) & slack.isfinite())
-    again = (~sure | (found <= k)).nonzero()[:, 0]
-    values, indices = values[:, :k], indices[:, :k]
-    if len(again):
-        indices[again], _ = _dense_topk(x[again], W, bias, k, signed)
-        values[again] = score(x, W, bias, again.repeat_interleave(k), indices[again].flatten()).view(-1, k)
-    return indices, values
-
-
-def _dense_topk(x: Tensor, W: Tensor, bias: Tensor, k: int, signed: bool) -> tuple[Tensor, Tensor]:
-    """Latents and values of each row's k largest, from the dense product, 256 rows at a time."""
-    indices = torch.empty(len(x), k, dtype=torch.int64, device=x.device)
-    values, slack, close = x.new_empty(len(x), k), 2 * bound_rounding(x, W, bias), []
-    for start in range(0, len(x), 256):
-        part = slice(start, start + 256)
-        u = torch.addmm(bias, x[part], W.T)
-        size = u.abs() if signed else u
-        largest, found = row_topk(size, min(k + 1, len(W)))
-        indices[part] = found[:, :k]
-        values[part] = u.gather(1, indices[part])
-        if k < len(W):
-            near, rows, latents = find_close(size, largest, slack[part], k)
-            close.append((start + near[rows], latents, u[near[rows], latents]))
-    if any(len(rows) for rows, _, _ in close):
-        rows, latents, u = (torch.cat(columns) for columns in zip(*close, strict=True))
-        best = _settle(rows, latents, x, W, bias, k, signed)
-        indices[rows[best[:, 0]]], values[rows[best[:, 0]]] = latents[best], u[best]
-    return indices, values
 
 
 def _keep_firing(indices: Tensor, values: Tensor, signed: bool, d_sae: int) -> SparseCodes:

@@ -19,6 +19,7 @@ from saelab.functional.activation_functions import (
     step_above,
 )
 from saelab.functional.codes import SparseCodes
+from saelab.functional.row_topk import topk_latents
 from saelab.functional.threshold_search import search_above
 from saelab.functional.topk import (
     batch_topk_entries,
@@ -27,7 +28,6 @@ from saelab.functional.topk import (
     search_batch_topk,
     search_group_max,
     search_topk,
-    topk_latents,
 )
 from saelab.sae.activation_registry import ACTIVATIONS, Activation, Competition, register_activation
 from saelab.stores.validation import read_fields, require_object

@@ -254,7 +254,7 @@ class _MemoryRows:
 
 
 class _FolderRows:
-    """Columns in safetensors shards, mapped for each read: a thousand shards keep no file descriptors open."""
+    """Columns in safetensors shards; the one read last stays mapped, and no file descriptor is kept open."""
 
     def __init__(self, folder: Path, manifest: ActivationsManifest, verify: bool) -> None:
         self.files = manifest.check_shards(folder, verify)
@@ -262,6 +262,7 @@ class _FolderRows:
         self.n_tokens = self.starts[-1]
         self.columns: dict[str, tuple[torch.dtype, tuple[int, ...]]] = dict.fromkeys(INT_COLUMNS, (torch.int32, ()))
         self.columns |= {name: (getattr(torch, manifest.dtype), (d_in,)) for name, d_in in manifest.d_in.items()}
+        self._mapped: tuple[int, str, Tensor] | None = None
 
     def copy_slice(self, column: str, start: int, out: Tensor) -> None:
         done = 0
@@ -288,8 +289,11 @@ class _FolderRows:
             out[here] = self._map(shard, column)[rows]
 
     def _map(self, shard: int, column: str) -> Tensor:
-        file = self.files[shard]
-        return map_tensor(file.path, file.specs[column])
+        mapped = self._mapped  # of several threads each sees a whole entry
+        if mapped is None or mapped[:2] != (shard, column):
+            file = self.files[shard]
+            mapped = self._mapped = (shard, column, map_tensor(file.path, file.specs[column]))
+        return mapped[2]
 
 
 def _checked(index: Tensor, n: int) -> Tensor:

@@ -158,13 +158,14 @@ class ShuffledBatches:
         if self._buffer is None:
             shape = (self._blocks_per_window * BLOCK_TOKENS, self.d_in)
             self._buffer = torch.empty(shape, dtype=self.rows.dtype)
-        per_window = self._blocks_per_window
-        done = 0
+        per_window, done = self._blocks_per_window, 0
+        places: list[tuple[int, int, int]] = []  # first row, place in the buffer, rows
         for block in self._blocks[number * per_window : (number + 1) * per_window].tolist():
-            start = block * BLOCK_TOKENS
-            size = min(BLOCK_TOKENS, len(self.rows) - start)
-            self.rows.copy_slice(start, self._buffer[done : done + size])
+            size = min(BLOCK_TOKENS, len(self.rows) - block * BLOCK_TOKENS)
+            places.append((block * BLOCK_TOKENS, done, size))
             done += size
+        for start, place, size in sorted(places):  # in the order of the files, each of which is opened once
+            self.rows.copy_slice(start, self._buffer[place : place + size])
         self._order = torch.randperm(done, generator=self._generator("rows", self._epoch, number))
         self._window = number
 

@@ -6,7 +6,8 @@ import torch
 from saelab.functional import topk
 from saelab.functional.compiled import has_numba
 from saelab.functional.exact_search import ROWS, ExactSearch
-from saelab.functional.topk import search_topk, topk_latents as choose_dense
+from saelab.functional.row_topk import topk_latents as choose_dense
+from saelab.functional.topk import search_topk
 
 pytestmark = pytest.mark.skipif(not has_numba(), reason="needs numba")
 SIGNED = pytest.mark.parametrize("signed", [False, True])
@@ -64,7 +65,7 @@ def test_codes_are_those_of_the_dense_product(kind, d_in, signed, monkeypatch):
     monkeypatch.setattr("saelab.functional.compiled.LEAST_WEIGHTS", 0)
     x, W, bias = make(kind, d_in=d_in)
     calls = []
-    monkeypatch.setattr(topk, "_exact_topk", lambda *args, f=topk._exact_topk: calls.append(1) or f(*args))
+    monkeypatch.setattr(topk, "exact_topk", lambda *args, f=topk.exact_topk: calls.append(1) or f(*args))
     fast = search_topk(x, W, bias, 12, signed)
     assert calls, "the compiled search was not used"
     latents = choose_dense(x @ W.T + bias, x, W, bias, 12, signed)

@@ -7,8 +7,9 @@ import torch
 
 from saelab.functional import rescoring, topk
 from saelab.functional.activation_functions import keep_group_max
+from saelab.functional.row_topk import topk_latents
 from saelab.functional.screening import Screen, choose_precision, largest_places, quantize_rows
-from saelab.functional.topk import pick_topk, search_batch_topk, search_group_max, search_topk, topk_latents
+from saelab.functional.topk import pick_topk, search_batch_topk, search_group_max, search_topk
 
 SIGNED = pytest.mark.parametrize("signed", [False, True])
 PRECISIONS = ["float32", "bfloat16", "int8"]
@@ -230,8 +231,8 @@ def test_rows_of_uneven_norm_are_not_searched_again(precision, signed, monkeypat
     x, W = draw(640, 128), draw(2048, 128, seed=1)
     x[::64] *= 100
     x[1::64] *= 0.01
-    again, dense_topk = [], topk._dense_topk
-    monkeypatch.setattr(topk, "_dense_topk", lambda x, *rest: again.append(len(x)) or dense_topk(x, *rest))
+    again, dense_topk = [], topk.dense_topk
+    monkeypatch.setattr(topk, "dense_topk", lambda x, *rest: again.append(len(x)) or dense_topk(x, *rest))
     u = dense(x, W, torch.zeros(2048))
     assert_exact(search_topk(x, W, torch.zeros(2048), 16, signed, precision), u, signed, n_kept_by_row=16)
     assert sum(again) < 0.05 * len(x)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from saelab.functional.topk import BLOCK, row_topk
+from saelab.functional.row_topk import BLOCK, row_topk
 
 
 def draw(kind: str, n: int) -> torch.Tensor:

@@ -6,8 +6,9 @@ from torch.nn.functional import one_hot
 
 import saelab as sl
 from saelab.functional.activation_functions import keep_batch_topk, keep_group_max, keep_topk
+from saelab.functional.row_topk import topk_latents
 from saelab.functional.screening import first_largest, largest_first
-from saelab.functional.topk import batch_topk_entries, search_batch_topk, search_group_max, search_topk, topk_latents
+from saelab.functional.topk import batch_topk_entries, search_batch_topk, search_group_max, search_topk
 from saelab.sae.activation_functions import AbsTopK, BatchAbsTopK, BatchTopK, GroupMax, TopK
 from saelab.sae.config import SAEConfig
 from saelab.sae.training_sae import TrainingSAE

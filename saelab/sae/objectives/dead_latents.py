@@ -8,7 +8,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from saelab.functional.codes import Entries, attach_encoder, sparse_decode
 from saelab.functional.metrics import normalized_error
+from saelab.functional.row_topk import finds_exactly, largest_latents
 from saelab.functional.screening import largest_first
 from saelab.functional.sparse_products import select_rows
 from saelab.sae.competition import best_of_ranks
@@ -64,13 +66,28 @@ class AuxK(LossTerm):
             return x.new_zeros(())
         n = step.ranks.n_rows_among(math.ceil(self.token_frac * len(x) * step.ranks.data.size))
         W_enc = select_rows(sae.W_enc.T, dead, step.memory.get("W_enc"))
-        read = x[:n] if step.b_read is None else x[:n] - step.b_read
-        u = read @ W_enc.T + sae.b_enc[dead]
+        W_dec = select_rows(step.W_dec, dead, step.memory.get("W_dec"))
+        read, signed = x[:n] if step.b_read is None else x[:n] - step.b_read, sae.cfg.activation.signed
         # raw u, not relu(u): a dead latent whose u is negative everywhere would get no gradient
         k = min(self.k or max(1, sae.cfg.d_target // 2), n_dead)
-        z = keep_largest(u, (u.abs() if sae.cfg.activation.signed else u).detach(), k, axis)
-        estimate = axis.sum(z @ select_rows(step.W_dec, dead, step.memory.get("W_dec")))
+        if axis.size == 1 and finds_exactly(W_enc, k):
+            estimate = _decode_largest(x[:n], W_enc, sae.b_enc[dead], step.b_read, read, W_dec, k, signed)
+        else:
+            u = read @ W_enc.T + sae.b_enc[dead]
+            estimate = axis.sum(keep_largest(u, (u.abs() if signed else u).detach(), k, axis) @ W_dec)
         return _normalized_error(estimate, step.residual[:n].detach(), step.ranks)
+
+
+def _decode_largest(
+    x: Tensor, W_enc: Tensor, b_enc: Tensor, b_read: Tensor | None, read: Tensor, W_dec: Tensor, k: int, signed: bool
+) -> Tensor:
+    """`keep_largest(u) W_dec`, without the pre-activations that are not kept."""
+    indices, values = largest_latents(read.detach(), W_enc.detach(), b_enc.detach(), k, signed)
+    starts = torch.arange(len(x) + 1) * k
+    rows = torch.arange(len(x)).repeat_interleave(k)
+    entries = Entries(indices.flatten(), rows, starts).with_columns(len(W_enc))
+    u = attach_encoder(values.flatten(), x, W_enc.T, b_enc, b_read, entries, None, read.detach())
+    return sparse_decode(u, W_dec, entries.indices, rows, starts)
 
 
 def keep_largest(
