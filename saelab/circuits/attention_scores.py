@@ -62,22 +62,15 @@ class AttentionScore(NodeTable):
     A pair of nodes i, j gives the score `queries[i] @ keys[j]`; all pairs and `offset` add up to `score`.
     """
 
-    layer: int
-    head: int
-    query: int
-    """position of the query"""
-    key: int
-    """position of the key"""
-    against: int | None
-    """position of the key whose score is subtracted; None for none"""
+    target: ScoreTarget
     score: float
-    """before the softmax, scale and softcap included; less that of `against`"""
+    """before the softmax, scale and softcap included; less that of `target.against`"""
     offset: float
     """part of the score that no product has: a bias of positions (ALiBi)"""
     queries: Float[np.ndarray, "n_nodes d_head"] = field(repr=False)
     """what each node gives to the query, rotated and scaled; 0 for nodes that do not reach it"""
     keys: Float[np.ndarray, "n_nodes d_head"] = field(repr=False)
-    """the same for the key, less that of `against`"""
+    """the same for the key, less that of `target.against`"""
     completeness_error: float
     """difference of the score and its parts' sum, relative to the score, or to what queries and keys of this length
     give on average where that is larger"""
@@ -106,10 +99,8 @@ class AttentionScore(NodeTable):
         ]
 
     def __str__(self) -> str:
-        target = ScoreTarget(self.layer, self.head, self.key, self.query, self.against)
-        head = (
-            f"{target.describe(self.tokens)}: {self.score:+.3f}, parts add up to within {self.completeness_error:.0e}"
-        )
+        name, error = self.target.describe(self.tokens), self.completeness_error
+        head = f"{name}: {self.score:+.3f}, parts add up to within {error:.0e}"
         rows = [[f"{value:+.3f}", self.describe(i), self.describe(j)] for value, i, j in self.top_pairs()]
         lines = [head, *format_table([["score", "at the query", "at the key"], *rows], left=(1, 2))]
         for name, values in (("by way of the query", self.by_query), ("by way of the key", self.by_key)):
@@ -277,17 +268,12 @@ def _build(
     own: dict[str, Any] = dict.fromkeys(columns, -1) | {"kinds": BIAS, "positions": 0, "activations": 1}
     reach = np.append(split.queries[:-1].any(1) | split.keys[:-1].any(1), True)
     nodes = {name: np.append(column, own[name])[reach] for name, column in columns.items()}
-    assert target.query is not None
     return AttentionScore(
         tokens=tokens,
         dictionaries=tuple(points),
         **{name: nodes[name].astype(np.int64) for name in ("kinds", "layers", "positions", "sources", "features")},
         activations=nodes["activations"].astype(np.float32),
-        layer=target.layer,
-        head=target.head,
-        query=target.query,
-        key=target.key,
-        against=target.against,
+        target=target,
         score=split.score,
         offset=split.offset,
         queries=split.queries[reach].astype(np.float32),

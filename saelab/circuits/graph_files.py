@@ -187,8 +187,13 @@ def make_node_ids(graph: AttributionGraph) -> list[str]:
     n_layers + 1 as in circuit-tracer, layer_token_position.
 
     circuit-tracer gives the error of layer L the id 0_L_position, which is also that of latent L of layer 0: with such
-    ids links of one are taken for links of the other.
+    ids links of one are taken for links of the other. ValueError for a graph of a score, for which there is no id.
     """
+    if graph.is_kind("score").any():
+        raise ValueError(
+            "A graph must lead to logits or features to be shown on these pages, got one of a score of attention, for "
+            "which they have no node. Print it, or keep it by `save`."
+        )
     main: dict[int, int] = {}
     order = sorted(range(len(graph.dictionaries)), key=lambda i: (reads_attention(graph.dictionaries[i]), i))
     layers = {int(source): int(layer) for source, layer in zip(graph.sources, graph.layers, strict=True) if source >= 0}
