@@ -179,7 +179,8 @@ def diff(seed: int, args: argparse.Namespace) -> dict[str, object]:
             "only or weak: of the register": sum(
                 bool(inside[j] >= 0.5) for kind in ("only_b", "weak_in_a") for j in found.top(kind)
             ),
-            **explain_weak(sae, held, found),
+            "weak: of them turned": int(found.turned.sum()),
+            **explain_weak(sae, found),
         }
         if pair == "new register":
             register = inside
@@ -199,16 +200,15 @@ def diff(seed: int, args: argparse.Namespace) -> dict[str, object]:
     return told
 
 
-def explain_weak(sae: sl.SAE, held: sl.Activations, found: "sl.universality.ModelDiff") -> dict[str, float]:
+def explain_weak(sae: sl.SAE, found: "sl.universality.ModelDiff") -> dict[str, float]:
     """Is what is weak smaller, or turned? Of weak and of shared latents the median: cosine of the two decoder rows,
     strength along the stronger row, strength in whatever direction is best, and share of tokens.
     """
-    free = sl.universality.diff_models(sae, held, same_space=False)
     a, b = sae.W_dec.detach().chunk(2, dim=1)
     figures = {
         "cosine of rows": torch.cosine_similarity(a, b, dim=1).numpy(),
         "strength": found.nu_error,
-        "strength in any direction": free.nu_error,
+        "strength in any direction": found.nu_free,
         "share of tokens": found.firings / found.n_tokens,
         "share of variance": found.variance_frac,
     }

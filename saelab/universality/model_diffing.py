@@ -55,6 +55,9 @@ class ModelDiff(Result):
     """
     nu_reconstruction: Float[np.ndarray, "d_sae"]
     """relative strength in the reconstruction of the weaker source, to which other latents may contribute"""
+    nu_free: Float[np.ndarray, "d_sae"]
+    """relative strength as `nu_error`, in whatever direction it is largest in either source, instead of along the
+    stronger one's row"""
     noise: Float[np.ndarray, "d_sae"]
     """standard deviation of `nu_error` over shuffled pairings of codes and rows"""
     firings: Int[np.ndarray, "d_sae"]
@@ -75,6 +78,13 @@ class ModelDiff(Result):
         """Latents that their decoder norms would call absent in a source where latent scaling finds them."""
         pairs = zip(self.kinds, self.kinds_by_norm, strict=True)
         return np.array([norm.startswith("only") and kind.startswith(("weak", "shared")) for kind, norm in pairs])
+
+    @property
+    def turned(self) -> Bool[np.ndarray, "d_sae"]:
+        """Latents that are weak along the stronger source's row and shared in strength: the weaker source has them in
+        another direction. Training on anything turns latents, so that they say little of what it was on.
+        """
+        return np.isin(np.array(self.kinds), ("weak_in_a", "weak_in_b")) & (self.nu_free >= self.shared)
 
     @property
     def gain(self) -> Float[np.ndarray, "d_sae"]:
@@ -150,6 +160,7 @@ class ModelDiff(Result):
         """
         names = {"a": self.a, "b": self.b}
         said = ", ".join(f"{kind} {count:,}" for kind, count in self.counts.items())
+        said += f"; of the weak ones {int(self.turned.sum()):,} turned"
         lines = [f"a: {self.a}, b: {self.b}; {self.n_tokens:,} tokens", said]
         lines.append("fvu: " + ", ".join(f"{name} {value:.3f}" for name, value in self.fvu.items()))
         for side in "ba":
@@ -254,6 +265,7 @@ def diff_models(
     row = torch.where((stronger == 0)[:, None], d[0], d[1]) if same_space else None
     each = list(zip(columns, d, strict=True))
     strength = torch.stack([_strength(found.errors[..., part] + d_m, found.spread, row) for part, d_m in each])
+    free = torch.stack([_strength(found.errors[..., part] + d_m, found.spread, None) for part, d_m in each])
     carried = torch.stack([_strength(found.rebuilt[..., part], found.spread, row) for part in columns])
     missed = torch.stack([_noise(found.missed[part, part], row, sae.cfg.d_sae) for part in columns])
     spread = found.spread.sum((0, 2)).rsqrt()
@@ -286,6 +298,7 @@ def diff_models(
         relative_norm=(norms[1] / norms.sum(0).clamp(min=1e-30)).cpu().numpy(),
         nu_error=(nu + nan).cpu().numpy(),
         nu_reconstruction=(nu_r + nan).cpu().numpy(),
+        nu_free=(_divide(free, weaker, stronger) + nan).cpu().numpy(),
         noise=(noise + nan).cpu().numpy(),
         firings=found.firings.cpu().numpy(),
         variance_frac=(power / variance[stronger].clamp(min=1e-30)).cpu().numpy(),

@@ -81,6 +81,25 @@ def test_strengths_are_those_that_were_written() -> None:
     assert "only tuned" in str(diff) and "giraffe" in diff.format({6: "giraffe"})
 
 
+def test_a_turned_latent_is_told_from_a_weak_one() -> None:
+    base, _ = worlds()
+    tuned = base.clone()
+    # atom 0 turned by 70 degrees into an unused coordinate, atom 1 shrunk to .4
+    tuned[:, 6], tuned[:, 0] = base[:, 0] * np.sin(np.radians(70)), base[:, 0] * np.cos(np.radians(70))
+    tuned[:, 1] = 0.4 * base[:, 1]
+    sae = handmade()
+    with torch.no_grad():
+        sae.W_dec[0, D], sae.W_dec[0, D + 6] = np.cos(np.radians(70)), np.sin(np.radians(70))
+        sae.W_dec[0] /= 1.001  # rounding would decide which source is the stronger one
+        sae.W_dec[0, :D] *= 1.001
+    diff = diff_models(sae, join(base, tuned))
+    assert diff.kinds[:2] == ("weak_in_b", "weak_in_b")
+    assert np.flatnonzero(diff.turned).tolist() == [0] and "of the weak ones 1 turned" in str(diff)
+    # along the own row the product of two halves of 6,000 rows: exact but for what the errors have by chance
+    assert np.allclose(diff.nu_free[:2], [1, 0.4], atol=0.02)
+    assert np.allclose(diff.nu_error[:2], [np.cos(np.radians(70)), 0.4], atol=0.02)
+
+
 def test_limits_of_a_null_pair_judge_the_same_latents_again() -> None:
     diff = diff_models(handmade(), join(*worlds()), min_count=20)
     # a null pair whose training left strengths of .35 to .9: what is weak at .4 is no more than chance, at .3 it is
