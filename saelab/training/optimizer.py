@@ -61,11 +61,11 @@ class _FusedAdam(torch.optim.Adam):
 
     def __init__(self, group: dict[str, Any], lr: float, betas: tuple[float, float]) -> None:
         defaults = {"lr": lr, "betas": betas, "eps": 1e-8, "weight_decay": 0.0, "fused": True}
-        # as an optimizer is restored from a copy
-        self.__setstate__({"defaults": defaults, "state": defaultdict(dict), "param_groups": [{**defaults, **group}]})
+        state = {"defaults": defaults, "state": defaultdict(dict), "param_groups": [{**defaults, **group}]}
+        self.__setstate__(state)  # type: ignore[no-untyped-call]  # as a copy of an optimizer is made
 
     @torch.no_grad()
-    def step(self, closure: Any = None) -> None:
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
         """Update the parameters that have a gradient."""
         assert closure is None, "nothing here computes a loss again"
         group = self.param_groups[0]
