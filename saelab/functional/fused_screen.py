@@ -226,7 +226,14 @@ def _pack_rows(x, scale, first, last, packed, step, start):
 @kernel(COMPARISONS)
 @no_type_check
 def keep_best(sizes, names, n_found, n):
-    """Move the n largest of the first n_found sizes to the front; the smallest of them."""
+    """Move the n largest of the first n_found sizes to the front; the smallest of them.
+
+    Args:
+        sizes: the sizes of a row.
+        names: their latents, which are moved with them.
+        n_found: how many there are.
+        n: how many are kept.
+    """
     low, high = sizes[0], sizes[0]
     for i in range(n_found):
         low = sizes[i] if sizes[i] < low else low

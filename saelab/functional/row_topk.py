@@ -128,7 +128,12 @@ def exact_topk(
 ) -> tuple[Int[Tensor, "n_rows k"], Float[Tensor, "n_rows k"]]:
     """Latents and values of each row's k largest, by `ExactSearch`; what is too close to decide is recomputed.
 
-    The arguments are those of `largest_latents`.
+    Args:
+        x: activations.
+        W: encoder, one row per latent.
+        bias: encoder bias.
+        k: latents of each row.
+        signed: whether the largest are those of |u|.
     """
     from saelab.functional.exact_search import ExactSearch
 
@@ -188,7 +193,12 @@ def dense_topk(
 ) -> tuple[Int[Tensor, "n_rows k"], Float[Tensor, "n_rows k"]]:
     """Latents and values of each row's k largest, from the dense product, 256 rows at a time.
 
-    The arguments are those of `largest_latents`.
+    Args:
+        x: activations.
+        W: encoder, one row per latent.
+        bias: encoder bias.
+        k: latents of each row.
+        signed: whether the largest are those of |u|.
     """
     indices = torch.empty(len(x), k, dtype=torch.int64, device=x.device)
     values, slack, close = x.new_empty(len(x), k), 2 * bound_rounding(x, W, bias), []

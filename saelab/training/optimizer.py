@@ -4,8 +4,10 @@ Gradients are those in `.grad` of the parameters, and sparse ones (`SparseGradie
 of a weight: a kernel computes a row of one, updates the row's moments and weights, and goes on to the next.
 """
 
+from collections import defaultdict
 from collections.abc import Container, Mapping
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -42,9 +44,45 @@ def make_adam(module: nn.Module, lr: float, cfg: TrainConfig) -> torch.optim.Ada
     again. Gradients of more than 2^24 count as 2^24.
     """
     trained = [_in_memory_order(p) for p in module.parameters() if p.requires_grad]
-    fused = trained[0].device.type in ("cpu", "cuda")
     group = {"params": trained, "optim_bits": cfg.optim_bits}
-    return torch.optim.Adam([group], lr=lr, betas=cfg.betas, fused=fused)
+    if trained[0].device.type in ("cpu", "cuda") and hasattr(torch, "_fused_adam_"):
+        return _FusedAdam(group, lr, cfg.betas)
+    return torch.optim.Adam([group], lr=lr, betas=cfg.betas)
+
+
+class _FusedAdam(torch.optim.Adam):
+    """PyTorch's fused Adam by its kernel alone; constructor and step of its class load the compiler, a second's work.
+
+    Args:
+        group: the parameters, under "params", and settings of ours.
+        lr: learning rate.
+        betas: decay of the two means.
+    """
+
+    def __init__(self, group: dict[str, Any], lr: float, betas: tuple[float, float]) -> None:
+        defaults = {"lr": lr, "betas": betas, "eps": 1e-8, "weight_decay": 0.0, "fused": True}
+        state = {"defaults": defaults, "state": defaultdict(dict), "param_groups": [{**defaults, **group}]}
+        self.__setstate__(state)  # type: ignore[no-untyped-call]  # as a copy of an optimizer is made
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        """Update the parameters that have a gradient."""
+        assert closure is None, "nothing here computes a loss again"
+        group = self.param_groups[0]
+        trained = [p for p in group["params"] if p.grad is not None]
+        if not trained:
+            return
+        for parameter in trained:
+            if not self.state[parameter]:
+                make_moments(parameter, self)
+        states = [self.state[parameter] for parameter in trained]
+        means, squares, steps = ([state[key] for state in states] for key in ("exp_avg", "exp_avg_sq", "step"))
+        torch._foreach_add_(steps, 1)
+        settings = {"beta1": group["betas"][0], "beta2": group["betas"][1], "eps": group["eps"], "lr": group["lr"]}
+        grads = [parameter.grad for parameter in trained]
+        torch._fused_adam_(
+            trained, grads, means, squares, [], steps, weight_decay=0.0, amsgrad=False, maximize=False, **settings
+        )
 
 
 def make_moments(weight: nn.Parameter, optimizer: torch.optim.Optimizer) -> None:

@@ -113,3 +113,11 @@ def test_numbers_that_are_not_finite_are_the_largest_as_for_a_sort(signed, monke
 def test_no_rows():
     values, latents, found = ExactSearch(draw(200, 8), torch.zeros(200), True).top(torch.zeros(0, 8), 3)
     assert values.shape == latents.shape == (0, 3) and len(found) == 0
+
+
+@SIGNED
+def test_latents_that_fill_the_last_panel_are_never_found(signed):
+    """Where all sizes are equal, none is left out for being small."""
+    values, latents, found = ExactSearch(torch.zeros(1009, 4), torch.zeros(1009), signed).top(draw(30, 4), 129)
+    assert (found == 129).all() and not values.any() and int(latents.max()) < 1009
+    assert all(len(row.unique()) == 129 for row in latents)

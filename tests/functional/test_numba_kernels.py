@@ -1,5 +1,8 @@
 """Compiled kernels against PyTorch's operations, and the threads they run on."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -42,6 +45,14 @@ def test_large_plain_weights_alone_are_for_kernels(monkeypatch):
     assert not use_numba(large.double()) and not use_numba(large.T) and not use_numba(large, large.T)
     monkeypatch.setenv("SAELAB_NUMBA", "0")
     assert not use_numba(large)
+
+
+def test_pytorchs_openmp_is_found_beside_that_of_another_library():
+    pytest.importorskip("sentencepiece")
+    look = "from saelab.functional import compiled; print(getattr(compiled._openmp(), '_name', None))"
+    codes = (f"import torch; {look}", f"import torch, sentencepiece; {look}")
+    found = [subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True) for code in codes]
+    assert found[0].stdout == found[1].stdout
 
 
 @pytest.mark.parametrize("openmp", [True, False])

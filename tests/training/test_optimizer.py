@@ -1,5 +1,7 @@
 """Adam with moments in 16 bits against Adam in float64: the bounds of its docstring, with and without kernels."""
 
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
@@ -172,3 +174,39 @@ def test_settings_of_older_runs_are_the_same_and_others_are_refused():
     assert "optim_bits" not in TrainConfig().to_dict() and SHORT.to_dict()["optim_bits"] == 16
     with pytest.raises(ValueError, match="`optim_bits` must be 32 or 16, got 8"):
         TrainConfig(optim_bits=8)
+
+
+def test_steps_are_those_of_pytorchs_adam_to_the_bit():
+    cfg = TrainConfig(n_tokens=4096, betas=(0.8, 0.95))
+    module = torch.nn.Linear(7, 5)
+    other = torch.nn.Linear(7, 5)
+    other.load_state_dict(module.state_dict())
+    mine, theirs = (
+        make_adam(module, 1e-2, cfg),
+        torch.optim.Adam(other.parameters(), 1e-2, betas=(0.8, 0.95), fused=True),
+    )
+    for step in range(8):
+        module.weight.grad, other.weight.grad = draw(5, 7, seed=step), draw(5, 7, seed=step)
+        if step % 3:  # a bias without a gradient stays where it is
+            module.bias.grad, other.bias.grad = draw(5, seed=step), draw(5, seed=step)
+        else:
+            module.bias.grad = other.bias.grad = None
+        mine.param_groups[0]["lr"] = theirs.param_groups[0]["lr"] = 0.01 / (1 + step)
+        step_adam(module, mine)
+        theirs.step()
+        assert torch.equal(module.weight, other.weight) and torch.equal(module.bias, other.bias)
+    saved = {id(p): theirs.state[q] for p, q in zip(module.parameters(), other.parameters(), strict=True)}
+    for parameter in module.parameters():
+        assert all(torch.equal(mine.state[parameter][key], t) for key, t in saved[id(parameter)].items())
+
+
+def test_training_does_not_load_pytorchs_compiler():
+    """Loading it takes more than a second, and the class of PyTorch's optimizer does when it is made."""
+    code = (
+        "import sys, torch, saelab as sl\n"
+        "sae = sl.SAE(sl.SAEConfig(d_in=8, d_sae=16, activation=sl.TopK(2)))\n"
+        "sae.fit(torch.randn(512, 8), sl.TrainConfig(n_tokens=512, batch_size=64), progress=False)\n"
+        "print('torch._dynamo' in sys.modules)"
+    )
+    found = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, check=True)
+    assert found.stdout.strip() == "False"
