@@ -34,7 +34,8 @@ CONFIG, WEIGHTS = "config.json", "model.safetensors"
 FORMATS = ("saelab", "circuit_tracer")
 BLOCK = re.compile(r"blocks\.(\d+)\.")
 LayerData: TypeAlias = (
-    ActivationPairs
+    Activations
+    | ActivationPairs
     | Batches
     | tuple[Activations, Activations]
     | tuple[Float[Tensor, "n d_read"], Float[Tensor, "n d_written"]]
@@ -308,7 +309,8 @@ class CLT(CLTModule):
         held = read_layers(place)
         if model is not None:
             held.settings["model_name"] = model
-        activation = ReLU() if held.thresholds is None else JumpReLU()
+        l0 = min(32.0, float(len(held.b_enc[0])))
+        activation = ReLU(target_l0=l0) if held.thresholds is None else JumpReLU(target_l0=l0)
         cfg = CLTConfig(
             n_layers=len(held.W_enc),
             d_in=held.W_enc[0].shape[1],

@@ -95,8 +95,12 @@ class TrainingCLT:
         return self.layers[0].dead_after_tokens
 
     def default_lr(self) -> float:
-        """Peak learning rate used where none is given: that of a transcoder of one layer."""
-        return self.layers[-1].default_lr()
+        """Peak learning rate used where none is given: that of a transcoder of one layer, for TopK and its kind half of
+        it (LOG.md).
+        """
+        activation = self.clt.cfg.activation
+        competes = activation.competition in ("token", "batch", "group") and not activation.signed
+        return self.layers[-1].default_lr() * (0.5 if competes else 1.0)
 
     def read(self, batch: Float[Tensor, "n_tokens width"]) -> tuple[list[Tensor], Float[Tensor, "n_tokens d_written"]]:
         """Normalized inputs of each layer, and all normalized outputs side by side."""
