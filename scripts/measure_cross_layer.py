@@ -61,7 +61,8 @@ def train(folder: Path, kind: str, seed: int, n_tokens: int, lr_factor: float) -
         coder.save_pretrained(out / f"layer-{i}")
         assert coder.training_ is not None
         fvus.append(coder.training_["saved"]["fvu"])
-    return {"fvu": fvus, "lr": coder.training_["lr"]}
+        rate = coder.training_["lr"]
+    return {"fvu": fvus, "lr": rate}
 
 
 def make_training(n_tokens: int, seed: int, lr: float | None = None) -> sl.TrainConfig:
@@ -151,7 +152,8 @@ def draw_planted(n: int, chain: bool, seed: int) -> dict[str, torch.Tensor]:
         return rows / rows.norm(dim=1, keepdim=True)
 
     a, c = directions(N_EACH), directions(N_EACH)
-    x, outputs, found = torch.zeros(n, D_PLANTED), [torch.zeros(n, D_PLANTED) for _ in range(3)], {}
+    x, outputs = torch.zeros(n, D_PLANTED), [torch.zeros(n, D_PLANTED) for _ in range(3)]
+    found: dict[str, torch.Tensor] = {}
     for name, (count, layer) in GROUPS.items():
         which = torch.randint(count, (n,), generator=drawn)
         size = 1 + 0.25 * torch.randn(n, 1, generator=drawn).clamp(-2, 2)
@@ -218,13 +220,13 @@ def main() -> None:
             )
         return
     if args.stage == "train":
-        found = train(args.folder, args.kind, args.seed, args.n_tokens, args.lr_factor)
+        fitted = train(args.folder, args.kind, args.seed, args.n_tokens, args.lr_factor)
         print(
             args.kind,
             args.seed,
-            f"fvu {mean(found['fvu']):.4f}",
-            [round(x, 4) for x in found["fvu"]],
-            f"lr {found['lr']:.4f}",
+            f"fvu {mean(fitted['fvu']):.4f}",
+            [round(x, 4) for x in fitted["fvu"]],
+            f"lr {fitted['lr']:.4f}",
         )
         return
     for task, row in measure_graphs(args.folder, args.kind, args.seed, args.n).items():

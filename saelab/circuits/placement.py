@@ -125,9 +125,11 @@ def place_dictionaries(
             width that is not the model's.
     """
     found: list[PlacedDictionary] = []
-    for one, names in _list_given(given):
-        placed = _place_layers if isinstance(one, CLT) else _place
-        found += placed(model, one, names, allow_mismatch)  # type: ignore[operator]
+    for coder, names in _list_given(given):
+        if isinstance(coder, CLT):
+            found += _place_layers(model, coder, names, allow_mismatch)
+        else:
+            found.append(_place(model, coder, names, allow_mismatch))
     points = hook_points_of(model).points
     for i, one in enumerate(found):
         if any(points[one.write] is points[other.write] for other in found[:i]):
@@ -173,7 +175,7 @@ def _place_layers(
         raise ValueError(f"A cross-layer transcoder must have (input, target) for each of {n} layers, got {places}.")
     found = []
     for i, pair in enumerate(places):
-        (own,) = _place(model, clt.layer(i, writes=i), pair, allow_mismatch)
+        own = _place(model, clt.layer(i, writes=i), pair, allow_mismatch)
         found.append(replace(own, sae=clt.layer(i), later=tuple(target for _, target in places[i + 1 :])))
     order = [one.place.layer for one in found]
     if order != sorted(set(order)) or len({(one.place.stack, one.place.part) for one in found}) > 1:
@@ -181,7 +183,7 @@ def _place_layers(
     return found
 
 
-def _place(model: Model, sae: SAE, names: str | tuple[str, str] | None, allow_mismatch: bool) -> list[PlacedDictionary]:
+def _place(model: Model, sae: SAE, names: str | tuple[str, str] | None, allow_mismatch: bool) -> PlacedDictionary:
     places = match_places(sae, model, names, allow_mismatch)
     require_threshold(sae)
     if isinstance(sae.cfg.encoder, PursuitEncoder | Refined):
@@ -211,7 +213,7 @@ def _place(model: Model, sae: SAE, names: str | tuple[str, str] | None, allow_mi
             raise ValueError(
                 f"A dictionary at '{name}' must have the model's width ({model.cfg.d_model}) there, got {width}."
             )
-    return [PlacedDictionary(sae, read, write, end)]
+    return PlacedDictionary(sae, read, write, end)
 
 
 def _has_model_width(name: str, place: BlockPlace) -> bool:

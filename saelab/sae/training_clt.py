@@ -59,7 +59,7 @@ class TrainingCLT:
 
     def __init__(self, clt: CLTModule, cfg: TrainConfig, trained: bool = False) -> None:
         self.clt, self.cfg, self.trained = clt, cfg, trained
-        self.layers = [TrainingSAE(layer, cfg) for layer in clt.layers]  # type: ignore[arg-type]
+        self.layers = [TrainingSAE(layer, cfg) for layer in clt.layers]
 
     @property
     def module(self) -> CLTModule:
@@ -121,7 +121,7 @@ class TrainingCLT:
             width = cfg.n_layers * cfg.d_in
             columns = [*sample[:, :width].split(cfg.d_in, dim=1), *sample[:, width:].split(cfg.d_target, dim=1)]
             for normalizer, part in zip([*clt.normalizers, *clt.target_normalizers], columns, strict=True):
-                normalizer.fit(part)  # type: ignore[operator]
+                normalizer.fit(part)
         inputs, y = self.read(sample)
         centered = y - y.mean(0)
         for one, part in zip(self.layers, centered.split(cfg.d_target, dim=1), strict=True):
@@ -320,10 +320,10 @@ def finish_clt(
     """
     first, second = split_held_out(held_out, others)
     for layer, x in zip(clt.layers, clt.split(first[:, : clt.cfg.n_layers * clt.cfg.d_in]), strict=True):
-        target = target_l0(layer)  # type: ignore[arg-type]
+        target = target_l0(layer)
         if target is not None and len(first):
             running = layer.cfg.activation.threshold == "running"
-            cut_to(layer, x, target, float("inf") if running else REACH)  # type: ignore[arg-type]
+            cut_to(layer, x, target, float("inf") if running else REACH)
     measured = measure_clt(clt, second)
     unseen = held_out is not None and len(held_out) > 0
     found = [layer["l0"] for layer in measured["layers"]]
