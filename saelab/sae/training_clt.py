@@ -150,7 +150,7 @@ class TrainingCLT:
     def objective(self, batch: Float[Tensor, "n_tokens width"]) -> _Losses:
         """Losses of one batch. No side effects: counters and thresholds are updated in `observe`."""
         cfg, (inputs, y) = self.clt.cfg, self.read(batch)
-        coded = [_Coded.find(one, x) for one, x in zip(self.layers, inputs, strict=True)]
+        coded = [_LayerCodes.find(one, x) for one, x in zip(self.layers, inputs, strict=True)]
         each = torch.stack([one.state["variance"] for one in self.layers]).reciprocal() / cfg.n_layers
         weights = each.repeat_interleave(cfg.d_target)
         error, residual = weighted_error(y - self.clt.b_dec, weights, [one.part for one in coded], cfg.starts)
@@ -177,7 +177,7 @@ class TrainingCLT:
     def _step(
         self,
         one: TrainingSAE,
-        found: "_Coded",
+        found: "_LayerCodes",
         x: Tensor,
         y: Tensor,
         residual: Tensor,
@@ -235,7 +235,7 @@ class TrainingCLT:
 
 
 @dataclass(frozen=True, eq=False)
-class _Coded:
+class _LayerCodes:
     """Codes of one layer in one step, and what it writes."""
 
     part: Float[Tensor, "n_tokens d_out"]
@@ -247,7 +247,7 @@ class _Coded:
     dense: Tensor | None = None
 
     @classmethod
-    def find(cls, one: TrainingSAE, x: Float[Tensor, "n_tokens d_in"]) -> "_Coded":
+    def find(cls, one: TrainingSAE, x: Float[Tensor, "n_tokens d_in"]) -> "_LayerCodes":
         """In the sparse form where that is possible and faster."""
         sae, activation = one.sae, one.activation
         with torch.no_grad():
