@@ -192,7 +192,7 @@ def _place_layers(
         raise ValueError(f"A cross-layer transcoder must have (input, target) for each of {n} layers, got {places}.")
     found = []
     for i, pair in enumerate(places):
-        (own,) = _place(model, clt.layer(i, writes=i), pair, allow_mismatch)
+        own = _place(model, clt.layer(i, writes=i), pair, allow_mismatch)
         found.append(replace(own, sae=clt.layer(i), later=tuple(target for _, target in places[i + 1 :])))
     order = [one.place.layer for one in found]
     if order != sorted(set(order)) or len({(one.place.stack, one.place.part) for one in found}) > 1:
@@ -200,7 +200,7 @@ def _place_layers(
     return found
 
 
-def _place(model: Model, sae: SAE, names: str | tuple[str, str] | None, allow_mismatch: bool) -> list[PlacedDictionary]:
+def _place(model: Model, sae: SAE, names: str | tuple[str, str] | None, allow_mismatch: bool) -> PlacedDictionary:
     places = match_places(sae, model, names, allow_mismatch)
     require_threshold(sae)
     if isinstance(sae.cfg.encoder, PursuitEncoder | Refined):

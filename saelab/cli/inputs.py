@@ -22,7 +22,10 @@ from saelab.lm.documents import Row, read_rows
 from saelab.lm.model_checks import Model, find_context
 from saelab.lm.models import load_model, offline
 from saelab.lm.tokens import Tokens, tokenize
+from saelab.sae.clt import CLT
 from saelab.sae.compatibility import match_model
+from saelab.sae.formats.registry import is_cross_layer
+from saelab.sae.formats.sources import SAEFiles
 from saelab.sae.pretrained import CONFIG
 from saelab.sae.sae import SAE
 from saelab.steering.baselines import write_own
@@ -189,17 +192,26 @@ def open_pair(sae: str, model: str, device: str | None, progress: bool) -> tuple
     return coder, load_model(model, device=chosen, weight_processing=processing, progress=progress)
 
 
-def open_several(saes: list[str], model: str, device: str | None, progress: bool) -> tuple[list[SAE], Model]:
-    """SAEs of one model, and the model, whose weights are processed as those that they were trained on were.
+def open_several(saes: list[str], model: str, device: str | None, progress: bool) -> tuple[list[SAE | CLT], Model]:
+    """SAEs, transcoders and cross-layer transcoders of one model, and the model, whose weights are processed as those
+    that they were trained on were.
 
     ValueError where they need differently processed ones.
     """
     chosen = choose_device(device)
-    coders = [SAE.from_pretrained(name, device=chosen) for name in saes]
-    needed = sorted({coder.provenance.weight_processing for coder in coders if coder.provenance} or {"none"})
+    coders = [_open_coder(name, chosen) for name in saes]
+    first = [coder.layer(0) if isinstance(coder, CLT) else coder for coder in coders]
+    needed = sorted({coder.provenance.weight_processing for coder in first if coder.provenance} or {"none"})
     if len(needed) > 1:
         raise ValueError(f"SAEs of one graph must be of one processing of the model's weights, got {needed}.")
     return coders, load_model(model, device=chosen, weight_processing=needed[0], progress=progress)
+
+
+def _open_coder(name: str, device: torch.device) -> SAE | CLT:
+    place = Path(name).expanduser()
+    if place.is_dir() and is_cross_layer(SAEFiles.open(place)):
+        return CLT.from_pretrained(place, device=device)
+    return SAE.from_pretrained(name, device=device)
 
 
 def harvest_baseline(store: FeatureStore, out: Path, progress: bool, ranks: RankGrid) -> FeatureStore | None:

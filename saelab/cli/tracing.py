@@ -17,7 +17,10 @@ def trace_prompt(
     model: options.ModelName,
     saes: Annotated[
         list[str],
-        Argument(metavar="SAE", help="Folders or Hub ids of transcoders of the MLPs, and SAEs of other places."),
+        Argument(
+            metavar="SAE",
+            help="Folders or Hub ids of transcoders of the MLPs, also cross-layer ones, and SAEs of other places.",
+        ),
     ],
     prompt: Annotated[str, Argument(metavar="PROMPT", help="Text whose next token is explained.")],
     target: Annotated[

@@ -34,7 +34,8 @@ CONFIG, WEIGHTS = "config.json", "model.safetensors"
 FORMATS = ("saelab", "circuit_tracer")
 BLOCK = re.compile(r"blocks\.(\d+)\.")
 LayerData: TypeAlias = (
-    ActivationPairs
+    Activations
+    | ActivationPairs
     | Batches
     | tuple[Activations, Activations]
     | tuple[Float[Tensor, "n d_read"], Float[Tensor, "n d_written"]]
@@ -96,7 +97,7 @@ class CLT(CLTModule):
             ValueError: for layers that are missing, in another order or of other widths, inputs and targets that are
                 not of the same tokens, too little data, and a folder that does not go with `resume`.
         """
-        data, cfg = open_data(acts), cfg or TrainConfig()  # type: ignore[arg-type]
+        data, cfg = open_data(acts), cfg or TrainConfig()
         places = check_layers(self.cfg, data)
         with ExitStack() as held:
             held.enter_context(computing_in(None, self.device.type))
@@ -154,8 +155,11 @@ class CLT(CLTModule):
         sae.load_state_dict(held, assign=True)
         if self.provenances is not None:
             target = self.provenances[number if writes is None else writes]
-            out = {"hook_point_out": target.hook_point_out, "median_norm_out": target.median_norm_out}
-            sae.provenance = replace(self.provenances[number], **out)
+            sae.provenance = replace(
+                self.provenances[number],
+                hook_point_out=target.hook_point_out,
+                median_norm_out=target.median_norm_out,
+            )
         sae.name_or_path = f"{self.name_or_path}#layer {number}" if self.name_or_path else ""
         return sae
 
@@ -308,7 +312,8 @@ class CLT(CLTModule):
         held = read_layers(place)
         if model is not None:
             held.settings["model_name"] = model
-        activation = ReLU() if held.thresholds is None else JumpReLU()
+        l0 = min(32.0, float(len(held.b_enc[0])))
+        activation = ReLU(target_l0=l0) if held.thresholds is None else JumpReLU(target_l0=l0)
         cfg = CLTConfig(
             n_layers=len(held.W_enc),
             d_in=held.W_enc[0].shape[1],
@@ -383,16 +388,16 @@ def check_layers(cfg: CLTConfig, acts: Activations | ActivationPairs | Batches) 
         )
     if not isinstance(acts, ActivationPairs):
         return None
-    sides = []
+    sides: list[list[Provenance]] = []
     for side, width in ((acts.inputs, cfg.d_in), (acts.targets, cfg.d_target)):
         if side.sources is not None and [source.d_in for source in side.sources] != [width] * cfg.n_layers:
             raise ValueError(
                 f"Each layer must have a width of {width} and {cfg.n_layers} layers be joined, got "
                 f"{ {source.name: source.d_in for source in side.sources} }."
             )
-        sides.append(_list_origins(side))
-    if sides[0] is None or sides[1] is None:
-        return None
+        if (origins := _list_origins(side)) is None:
+            return None
+        sides.append(origins)
     blocks = [[_find_block(one.hook_point) for one in side] for side in sides]
     if blocks[0] != blocks[1] or blocks[0] != sorted(set(blocks[0])):
         places = [(read.hook_point, written.hook_point) for read, written in zip(*sides, strict=True)]

@@ -132,6 +132,9 @@ class CLTModule(nn.Module):
     """
 
     b_dec: Float[Tensor, "d_written"]
+    layers: Any  # nn.ModuleList of SAEModule
+    normalizers: Any  # of Normalizer
+    target_normalizers: Any
 
     def __init__(self, cfg: CLTConfig, seed: int | None = 0) -> None:
         super().__init__()

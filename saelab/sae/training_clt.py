@@ -59,7 +59,7 @@ class TrainingCLT:
 
     def __init__(self, clt: CLTModule, cfg: TrainConfig, trained: bool = False) -> None:
         self.clt, self.cfg, self.trained = clt, cfg, trained
-        self.layers = [TrainingSAE(layer, cfg) for layer in clt.layers]  # type: ignore[arg-type]
+        self.layers = [TrainingSAE(layer, cfg) for layer in clt.layers]
 
     @property
     def module(self) -> CLTModule:
@@ -95,8 +95,12 @@ class TrainingCLT:
         return self.layers[0].dead_after_tokens
 
     def default_lr(self) -> float:
-        """Peak learning rate used where none is given: that of a transcoder of one layer."""
-        return self.layers[-1].default_lr()
+        """Peak learning rate used where none is given: that of a transcoder of one layer, for TopK and its kind half of
+        it (LOG.md).
+        """
+        activation = self.clt.cfg.activation
+        competes = activation.competition in ("token", "batch", "group") and not activation.signed
+        return self.layers[-1].default_lr() * (0.5 if competes else 1.0)
 
     def read(self, batch: Float[Tensor, "n_tokens width"]) -> tuple[list[Tensor], Float[Tensor, "n_tokens d_written"]]:
         """Normalized inputs of each layer, and all normalized outputs side by side."""
@@ -117,7 +121,7 @@ class TrainingCLT:
             width = cfg.n_layers * cfg.d_in
             columns = [*sample[:, :width].split(cfg.d_in, dim=1), *sample[:, width:].split(cfg.d_target, dim=1)]
             for normalizer, part in zip([*clt.normalizers, *clt.target_normalizers], columns, strict=True):
-                normalizer.fit(part)  # type: ignore[operator]
+                normalizer.fit(part)
         inputs, y = self.read(sample)
         centered = y - y.mean(0)
         for one, part in zip(self.layers, centered.split(cfg.d_target, dim=1), strict=True):
@@ -146,7 +150,7 @@ class TrainingCLT:
     def objective(self, batch: Float[Tensor, "n_tokens width"]) -> _Losses:
         """Losses of one batch. No side effects: counters and thresholds are updated in `observe`."""
         cfg, (inputs, y) = self.clt.cfg, self.read(batch)
-        coded = [_Coded.find(one, x) for one, x in zip(self.layers, inputs, strict=True)]
+        coded = [_LayerCodes.find(one, x) for one, x in zip(self.layers, inputs, strict=True)]
         each = torch.stack([one.state["variance"] for one in self.layers]).reciprocal() / cfg.n_layers
         weights = each.repeat_interleave(cfg.d_target)
         error, residual = weighted_error(y - self.clt.b_dec, weights, [one.part for one in coded], cfg.starts)
@@ -173,7 +177,7 @@ class TrainingCLT:
     def _step(
         self,
         one: TrainingSAE,
-        found: "_Coded",
+        found: "_LayerCodes",
         x: Tensor,
         y: Tensor,
         residual: Tensor,
@@ -231,7 +235,7 @@ class TrainingCLT:
 
 
 @dataclass(frozen=True, eq=False)
-class _Coded:
+class _LayerCodes:
     """Codes of one layer in one step, and what it writes."""
 
     part: Float[Tensor, "n_tokens d_out"]
@@ -243,7 +247,7 @@ class _Coded:
     dense: Tensor | None = None
 
     @classmethod
-    def find(cls, one: TrainingSAE, x: Float[Tensor, "n_tokens d_in"]) -> "_Coded":
+    def find(cls, one: TrainingSAE, x: Float[Tensor, "n_tokens d_in"]) -> "_LayerCodes":
         """In the sparse form where that is possible and faster."""
         sae, activation = one.sae, one.activation
         with torch.no_grad():
@@ -316,10 +320,10 @@ def finish_clt(
     """
     first, second = split_held_out(held_out, others)
     for layer, x in zip(clt.layers, clt.split(first[:, : clt.cfg.n_layers * clt.cfg.d_in]), strict=True):
-        target = target_l0(layer)  # type: ignore[arg-type]
+        target = target_l0(layer)
         if target is not None and len(first):
             running = layer.cfg.activation.threshold == "running"
-            cut_to(layer, x, target, float("inf") if running else REACH)  # type: ignore[arg-type]
+            cut_to(layer, x, target, float("inf") if running else REACH)
     measured = measure_clt(clt, second)
     unseen = held_out is not None and len(held_out) > 0
     found = [layer["l0"] for layer in measured["layers"]]

@@ -11,6 +11,7 @@ from saelab.circuits.graph import AttributionGraph
 from saelab.circuits.graph_reading import read_graph_file, read_graph_json
 from saelab.circuits.tracing import trace
 from saelab.cli.app import dispatch
+from saelab.sae import CLT, CLTConfig
 
 HOOK = "blocks.1.hook_resid_post"
 
@@ -52,3 +53,20 @@ def test_a_graph_is_traced_checked_and_written(tiny, tiny_tokens, capsys, tmp_pa
         AttributionGraph.load(tmp_path / "j.json")
     with pytest.raises(ValueError, match=r"graph.json, which `AttributionGraph.load` reads"):
         read_graph_json(tmp_path / "graph.json")
+
+
+def test_a_cross_layer_transcoder_is_recognized(tiny, tiny_tokens, capsys, tmp_path) -> None:
+    n, width = tiny.cfg.n_layers, tiny.cfg.d_model
+    places = [(f"blocks.{i}.mlp.hook_in", f"blocks.{i}.hook_mlp_out") for i in range(n)]
+    acts = sl.collect(tiny, tiny_tokens[:20], [name for place in places for name in place], progress=False)
+    clt = CLT(CLTConfig(n_layers=n, d_in=width, d_sae=64, activation=sl.TopK(k=4)))
+    pair = tuple(sl.Activations.join({place[side]: acts[place[side]] for place in places}) for side in (0, 1))
+    clt.fit(pair, sl.TrainConfig(n_tokens=100, batch_size=20), progress=False)
+    clt.save_pretrained(tmp_path / "clt")
+    words = ["trace", "tiny", str(tmp_path / "clt"), "A fox", "--no-progress", "--out", str(tmp_path / "graph.json")]
+    assert dispatch(words) == 0 and "replacement" in capsys.readouterr().out
+    expected = trace(tiny, clt, "A fox").prune()
+    np.testing.assert_allclose(
+        AttributionGraph.load(tmp_path / "graph.json").edge_weights, expected.edge_weights, rtol=1e-4, atol=1e-6
+    )
+    assert dispatch([*words, "--check"]) == 2 and "must each write to one layer" in capsys.readouterr().err

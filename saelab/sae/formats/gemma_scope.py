@@ -75,7 +75,7 @@ def read_second(source: SAEFiles, overrides: SAEFacts) -> ParsedSAE:
     if parts["W_dec"].ndim != 2:
         raise ValueError(
             f"W_dec must write one place, got shape {tuple(parts['W_dec'].shape)} in {source.folder}: that is a "
-            "cross-layer transcoder, which saelab has no axis for."
+            "layer of a cross-layer transcoder, of which saelab reads circuit-tracer's files: sl.sae.CLT."
         )
     if isinstance(held.get(SKIP), Tensor):
         parts["W_skip"] = held[SKIP]

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from saelab.sae.formats import dictionary_learning, gemma_scope, openai, openmoss, saelens, sparsify
+from saelab.sae.formats import circuit_tracer, dictionary_learning, gemma_scope, openai, openmoss, saelens, sparsify
 from saelab.sae.formats.conventions import compose
 from saelab.sae.formats.origin import Origin, ParsedSAE, SAEFacts, dtype_name
 from saelab.sae.formats.sources import SAEFiles
@@ -66,6 +66,12 @@ def is_own(source: SAEFiles) -> bool:
     return source.file is None and source.has("config.json") and source.json("config.json").get("kind") == "sae"
 
 
+def is_cross_layer(source: SAEFiles) -> bool:
+    """Whether a folder holds a cross-layer transcoder, of saelab or in circuit-tracer's files."""
+    own = source.has("config.json") and source.json("config.json").get("kind") == "cross_layer_transcoder"
+    return own or circuit_tracer.recognize(source.folder)
+
+
 def require_room(folder: Path, format: str) -> None:
     """Raise ValueError where a folder holds an SAE of another format: with a second one, neither could be detected."""
     if not folder.is_dir():
@@ -99,6 +105,11 @@ def find_format(source: SAEFiles, named: str | None = None) -> str:
         )
     if not found:
         held = sorted(path.name for path in source.folder.iterdir())[:5]
+        if source.file is None and is_cross_layer(source):
+            raise ValueError(
+                f"An SAE must read one hook point, got a cross-layer transcoder in {source.place}; load it by "
+                "sl.sae.CLT.from_pretrained and take a layer: clt.layer(number)."
+            )
         if not held:
             raise FileNotFoundError(f"An SAE's folder must hold its files, got {source.place}, which is empty.")
         raise ValueError(

@@ -1,0 +1,144 @@
+"""Cross-layer transcoders on disk, from joined activations, and with layers that do not fit."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import saelab as sl
+from saelab.sae import CLT, CLTConfig
+from saelab.stores.manifest import Provenance
+
+N, D, D_SAE = 3, 4, 16
+RUN = sl.TrainConfig(n_tokens=400, batch_size=40, n_held_out=50)
+ORIGIN = Provenance(
+    model="tiny",
+    weight_processing="none",
+    hook_point="",
+    text="text",
+    tokens_sha256="same",
+    mask={},
+    dtype="float32",
+    ctx_len=8,
+    n_tokens=500,
+    seed=None,
+    versions={},
+)
+PLACES = [(f"blocks.{i}.mlp.hook_in", f"blocks.{i}.hook_mlp_out") for i in range(N)]
+
+
+def collect(seed: int = 0, places: Any = PLACES, width: int = D) -> tuple[Any, Any]:
+    """Inputs and targets of all layers, joined, as `collect` gives them."""
+    generator = torch.Generator().manual_seed(seed)
+    first = ORIGIN
+
+    def make(name: str) -> sl.Activations:
+        x = torch.randn(500, width, generator=generator)
+        return sl.Activations.from_tensor(x, provenance=first.at(name))
+
+    sides = zip(*places, strict=True)
+    inputs, targets = (sl.Activations.join({name: make(name) for name in side}) for side in sides)
+    return inputs, targets
+
+
+def make(**axes: Any) -> CLT:
+    cfg = {"n_layers": N, "d_in": D, "d_sae": D_SAE, "activation": sl.TopK(k=2)} | axes
+    return CLT(CLTConfig(**cfg))
+
+
+def same(one: CLT, other: CLT) -> bool:
+    mine, others = one.state_dict(), other.state_dict()
+    return mine.keys() == others.keys() and all(torch.equal(mine[name], others[name]) for name in mine)
+
+
+def test_what_is_saved_is_loaded_to_the_bit(tmp_path: Path) -> None:
+    clt = make().fit(collect(), RUN, progress=False)
+    clt.save_pretrained(tmp_path / "clt")
+    again = CLT.from_pretrained(tmp_path / "clt")
+    x = torch.randn(9, N * D, generator=torch.Generator().manual_seed(1))
+    assert same(again, clt) and again.cfg == clt.cfg and torch.equal(again(x), clt(x))
+    assert again.places == clt.places == tuple(PLACES) and again.training_ == json.loads(json.dumps(clt.training_))
+    assert "tiny" in repr(again) and repr(again).startswith("CLT(TopK(k=2), n_layers=3, d_in=4, d_sae=16")
+    assert again.layer(1).provenance.hook_point_out == PLACES[1][1]
+    assert again.layer(0, writes=2).provenance.hook_point_out == PLACES[2][1]
+    again.fit(collect(seed=2), RUN, progress=False)  # goes on from its weights and normalizers
+    assert torch.equal(again.normalizers[0].mean, clt.normalizers[0].mean) and not same(again, clt)
+
+
+def test_tensors_are_pairs_too() -> None:
+    inputs, targets = collect()
+    plain = make().fit((inputs[:], targets[:]), RUN, progress=False)
+    assert same(plain, make().fit((inputs, targets), RUN, progress=False)) and plain.places is None
+
+
+def test_layers_that_do_not_fit() -> None:
+    inputs, targets = collect()
+    two, turned = collect(places=PLACES[:2]), collect(places=[PLACES[1], PLACES[0], PLACES[2]])
+    crossed = collect(places=[(PLACES[0][0], PLACES[1][1]), (PLACES[1][0], PLACES[0][1]), PLACES[2]])
+    for given, complaint in (
+        (two, "of 3 layers side by side, of widths"),
+        (inputs, "must be \\(inputs, targets\\)"),
+        (collect(width=5), "of widths \\(12, 12\\)"),
+        (turned, "in the order of the model"),
+        (crossed, "in the order of the model"),
+        ((inputs, targets.rows(0, 400)), "as many inputs as targets"),
+    ):
+        with pytest.raises(ValueError, match=complaint):
+            make().fit(given, RUN, progress=False)
+    uneven = sl.Activations.join(
+        {str(i): sl.Activations.from_tensor(torch.randn(500, width)) for i, width in enumerate((2, 4, 6))}
+    )
+    with pytest.raises(ValueError, match="Each layer must have a width of 4"):
+        make().fit((uneven, targets), RUN, progress=False)
+
+
+def test_folders_that_hold_something_else(tmp_path: Path) -> None:
+    clt = make().fit(collect(), RUN, progress=False)
+    clt.save_pretrained(tmp_path / "clt")
+    with pytest.raises(FileNotFoundError, match="must be a folder"):
+        CLT.from_pretrained(tmp_path / "none")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(FileNotFoundError, match="must have config"):
+        CLT.from_pretrained(tmp_path / "empty")
+    clt.layer(0).save_pretrained(tmp_path / "sae")
+    with pytest.raises(ValueError, match="must describe a cross-layer transcoder"):
+        CLT.from_pretrained(tmp_path / "sae")
+    with pytest.raises(ValueError, match=r"CLT\.from_pretrained"):
+        sl.SAE.from_pretrained(tmp_path / "clt")
+    config = tmp_path / "clt" / "config.json"
+    text = config.read_text()
+    config.write_text(text.replace('"n_layers": 3', '"n_layers": 2'))
+    with pytest.raises(ValueError, match=r"must be of 2 layers|must fit its config"):
+        CLT.from_pretrained(tmp_path / "clt")
+    config.write_text(text.replace('"normalizer": "scale"', '"normalizer": "none"'))
+    with pytest.raises(ValueError, match="must fit its config"):
+        CLT.from_pretrained(tmp_path / "clt")
+    config.write_text(text.replace('"tiny"', '"tidy"'))
+    with pytest.raises(ValueError, match="checksum"):
+        CLT.from_pretrained(tmp_path / "clt")
+    with pytest.raises(ValueError, match="`format` must be one of"):
+        clt.save_pretrained(tmp_path / "x", "saelens")
+
+
+def test_weights_that_are_not_finite(tmp_path: Path) -> None:
+    clt = make()
+    with torch.no_grad():
+        clt.layers[1].W_dec[2, 3] = torch.nan
+    clt.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="must be finite"):
+        CLT.from_pretrained(tmp_path)
+
+
+def test_thresholds_in_place_of_the_k_largest() -> None:
+    clt = make().fit(collect(), RUN, progress=False)
+    x = torch.randn(2000, N * D, generator=torch.Generator().manual_seed(3))
+    jumps = clt.to_jumprelu(x)
+    for mine, others in zip(clt.encode_sparse(x), jumps.encode_sparse(x), strict=True):
+        counts = [codes.indices.bincount(minlength=D_SAE) for codes in (mine, others)]
+        # folding a normalizer rounds pre-activations, of which two per latent lie next to its threshold
+        assert (counts[0] - counts[1]).abs().max() <= 2
+    assert type(jumps.cfg.activation) is sl.JumpReLU and jumps.places == clt.places
+    with pytest.raises(ValueError, match="`to_jumprelu` must be given"):
+        make(activation=sl.GroupMax(k=2)).to_jumprelu(x)
