@@ -5,7 +5,8 @@
     python scripts/measure_circuits.py heads --seeds 0 1 2      heads that work together, in four models
 
 giver: dictionaries are transcoders of MLPs, or SAEs of what attention and MLPs write (gates frozen), of all blocks;
-each trained, of one step, and untrained.
+each trained, of one step, and untrained. What SAEs lose is split by giving transcoders SAEs of attention beside them,
+and SAEs to MLPs alone.
     graph / model  what the answer's logit less the other person's loses without the giver's name, along all paths of
                    the graph, over that in the model, patterns and scales held: ratio of the means over prompts
     r              the same two, correlated over prompts
@@ -102,6 +103,10 @@ def train_tales(model: Any, seed: int, n_tokens: int) -> dict[str, Coders]:
                 for place, sae in found[f"{kind}, trained"].items()
             }
             found[f"{kind}, untrained"] = untrained
+    saes = found["SAEs, trained"]
+    attention = {place: sae for place, sae in saes.items() if "attn" in place}
+    found["transcoders and SAEs of attention"] = {**found["transcoders, trained"], **attention}
+    found["SAEs of MLPs"] = {place: sae for place, sae in saes.items() if "mlp" in place}
     return found
 
 
@@ -170,6 +175,8 @@ def measure_giver(args: argparse.Namespace, seed: int) -> dict[str, Row]:
     patterns = [read_patterns(model, one[None])[:, 0] for one in ids]
     rows: dict[str, Row] = {}
     for kind, coders in train_tales(model, seed, args.n_tokens).items():
+        if args.kinds and kind not in args.kinds:
+            continue
         found, scores = [], []
         for one, giver, pair, own in zip(ids, givers, pairs, patterns, strict=True):
             graph = sl.circuits.trace(model, coders, one, targets=pair, max_features=None)
@@ -451,6 +458,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--n-tokens", type=int, default=200_000, help="to train each dictionary on")
     parser.add_argument("--n", type=int, default=12, help="prompts, or games")
+    parser.add_argument("--kinds", nargs="+", help="of dictionaries of tales; all by default")
     parser.add_argument("--n-fired", type=int, default=3, help="tokens of each feature of a flipped square")
     parser.add_argument("--steps", type=int, default=3000, help="to train the model that copies")
     parser.add_argument("--out", type=Path, help="everything as JSON")

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
         group_by_label as group_by_label,
         influence_shares as influence_shares,
     )
-    from saelab.circuits.head_overlap import HeadOverlap as HeadOverlap, Read as Read, head_overlap as head_overlap
+    from saelab.circuits.head_overlaps import HeadOverlap as HeadOverlap, Read as Read, head_overlap as head_overlap
     from saelab.circuits.tracing import trace as trace
 
 __getattr__, __dir__, __all__ = attach(__name__)

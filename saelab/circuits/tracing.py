@@ -94,7 +94,10 @@ def trace(
     for name, value in (("batch_size", batch_size), ("max_features", max_features)):
         if value is not None and value < 1:
             raise ValueError(f"`{name}` must be at least 1, got {value}.")
-    placement = place_dictionaries(model, transcoders, allow_missing=allow_missing, allow_mismatch=allow_mismatch)
+    below = targets.layer if isinstance(targets, ScoreTarget) else None  # what is behind the head causes nothing
+    placement = place_dictionaries(
+        model, transcoders, allow_missing=allow_missing, allow_mismatch=allow_mismatch, below=below
+    )
     points = [one.write for one in placement.dictionaries]
     texts = read_texts(model, prompt)
     if len(texts) != 1:

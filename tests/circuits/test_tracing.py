@@ -321,6 +321,8 @@ def test_a_score_of_attention_is_a_target(architecture: str, tmp_path: Path) -> 
             write(graph, tmp_path / "graph.html")
     with pytest.raises(ValueError, match="must be the node of a logit"):
         validate(graph, model, coders)
+    below = {place: coders[place] for place in list(coders)[:2]}
+    assert len(trace(model, below, PROMPT, targets=target)) == len(graph)
     small = trace(model, coders, PROMPT, targets=target, max_features=4)
     assert small.n_left_out and sum_edges(small)[-1] == pytest.approx(pairs.score, rel=1e-4)
 

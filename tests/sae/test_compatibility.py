@@ -104,6 +104,11 @@ def trace_prompt(at: At, hook_point: str | None = None, **how) -> Any:
     return sl.circuits.trace(at.model, dictionaries, "One two", allow_missing=True, **how)
 
 
+def score_attention(at: At, hook_point: str | None = None, **how) -> None:
+    dictionaries = at.sae if hook_point is None else {hook_point: at.sae}
+    sl.circuits.attention_score(at.model, dictionaries, "One two", head=(0, 0), key=1, allow_missing=True, **how)
+
+
 def validate_graph(at: At, hook_point: str | None = None, **how) -> None:
     graph = trace_prompt(at, hook_point, allow_mismatch=True)
     dictionaries = at.sae if hook_point is None else {hook_point: at.sae}
@@ -172,6 +177,7 @@ CALLS: dict[str, Callable] = {
         at.model, sl.Intervention(at.sae, {3: 1.0}, **how), "One", 2, **QUIET
     ),
     "steer_to_prototype": steer_to,
+    "attention_score": score_attention,
     "split_by_head": split_heads,
     "trace": trace_prompt,
     "validate": validate_graph,

@@ -8,7 +8,7 @@ from induction_made import BEFORE, COPIES, N, make_induction
 from unchecked import unchecked
 
 import saelab as sl
-from saelab.circuits.head_overlap import head_overlap
+from saelab.circuits.head_overlaps import head_overlap
 from saelab.lm.hook_points import hook_points_of
 from saelab.lm.models import _byte_tokenizer
 
