@@ -139,7 +139,7 @@ def place_dictionaries(
         if isinstance(each, CLT):
             found += _place_layers(model, each, names, allow_mismatch)
         else:
-            found += _place(model, each, names, allow_mismatch)
+            found.append(_place(model, each, names, allow_mismatch))
     points = hook_points_of(model).points
     for i, one in enumerate(found):
         if any(points[one.write] is points[other.write] for other in found[:i]):
@@ -226,7 +226,7 @@ def _place(model: Model, sae: SAE, names: str | tuple[str, str] | None, allow_mi
                 f"A dictionary at '{name}' must have the model's width ({model.cfg.d_model}) there, got {width}."
             )
     neurons = _find_neurons(model, write, end) if sae.cfg.d_out is None and end.part == "MLP" else None
-    return [PlacedDictionary(sae, read, write, end, neurons=neurons)]
+    return PlacedDictionary(sae, read, write, end, neurons=neurons)
 
 
 def _find_neurons(model: Model, name: str, place: BlockPlace) -> tuple[str, str]:
