@@ -21,6 +21,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors.torch import save_file
 
 import saelab as sl
 from saelab.circuits.frozen_model import FrozenModel
@@ -113,14 +114,56 @@ def time_graphs(model: Any, coders: list[sl.SAE], turns: int) -> float:
     return median(seconds[1:])
 
 
+def export(model: Any, coders: list[sl.SAE], turns: int, folder: Path) -> None:
+    """Write weights, transcoders, prompts, seconds and direct effects on logits for `trace_peer.py`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    bare = model.original_model
+    weights = {name: w.detach().float().contiguous() for name, w in bare.state_dict().items()}
+    weights["lm_head.weight"] = bare.get_output_embeddings().weight.detach().float().clone()
+    own = {name.replace("._original_component", ""): w.clone() for name, w in weights.items()}
+    save_file(own, folder / "model.safetensors")
+    model.tokenizer.backend_tokenizer.save(str(folder / "tokenizer.json"))
+    for i, coder in enumerate(coders):
+        folded = coder.fold()
+        parts = {"W_enc": folded.W_enc.T, "b_enc": folded.b_enc, "W_dec": folded.W_dec, "b_dec": folded.b_dec}
+        save_file({name: x.detach().contiguous() for name, x in parts.items()}, folder / f"transcoder-{i}.safetensors")
+    cfg = model.cfg
+    shape = {
+        name: getattr(cfg, name) for name in ("n_layers", "d_model", "n_ctx", "d_head", "n_heads", "d_mlp", "d_vocab")
+    }
+    prompts = []
+    for one in counterfactuals("names", turns + 1):
+        ids = torch.cat([one.prompt.long()[:1], one.prompt.long()[-15:]])  # circuit-tracer wants BOS first
+        start = time.perf_counter()
+        graph = sl.circuits.trace(model, coders, ids, max_features=None)
+        seconds = time.perf_counter() - start
+        logits = np.flatnonzero(graph.is_kind("logit"))
+        rows: dict[int, list[float]] = {}
+        for s, t, w in zip(graph.edge_sources.tolist(), graph.edge_targets.tolist(), graph.edge_weights, strict=True):
+            if t in logits and graph.is_kind("feature")[s]:
+                rows.setdefault(s, [0.0] * len(logits))[int(np.flatnonzero(logits == t)[0])] = float(w)
+        features = np.flatnonzero(graph.is_kind("feature") & (graph.positions > 0)).tolist()
+        places = [(int(graph.layers[i]), int(graph.positions[i]), int(graph.features[i])) for i in features]
+        effects = [[*place, rows.get(i, [0.0] * len(logits))] for i, place in zip(features, places, strict=True)]
+        found = {"ids": ids.tolist(), "logits": graph.features[logits].tolist(), "seconds": seconds, "effects": effects}
+        prompts.append(found)
+    (folder / "prompts.json").write_text(
+        json.dumps({"shape": shape, "k": coders[0].cfg.activation.k, "prompts": prompts})
+    )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cache", type=Path, help="folder of the transcoders")
     parser.add_argument("--n", type=int, default=4, help="prompts of each task")
     parser.add_argument("--turns", type=int, default=7)
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--export", type=Path, help="write what `trace_peer.py` reads into this folder, and end")
     args = parser.parse_args()
     model = sl.load_model("tales", progress=False)
+    if args.export:
+        export(model, load_transcoders(model, args.cache)["trained"], args.turns, args.export)
+        return
     found: dict[str, Any] = {}
     for kind, coders in load_transcoders(model, args.cache).items():
         found[kind] = {"seconds": time_graphs(model, coders, args.turns), **measure(model, coders, args.n)}
