@@ -63,6 +63,7 @@ def test_the_largest_are_those_of_a_sort(kind, d_sae, n, signed):
 def test_codes_are_those_of_the_dense_product(kind, d_in, signed, monkeypatch):
     """Also of equal latents, and of those that a float32 sum cannot tell apart."""
     monkeypatch.setattr("saelab.functional.compiled.LEAST_WEIGHTS", 0)
+    monkeypatch.setenv("SAELAB_NUMBA", "1")
     x, W, bias = make(kind, d_in=d_in)
     calls = []
     monkeypatch.setattr(topk, "exact_topk", lambda *args, f=topk.exact_topk: calls.append(1) or f(*args))
@@ -100,6 +101,7 @@ def test_equal_rows_have_equal_codes_wherever_they_are_and_on_any_threads(signed
 @SIGNED
 def test_numbers_that_are_not_finite_are_the_largest_as_for_a_sort(signed, monkeypatch):
     monkeypatch.setattr("saelab.functional.compiled.LEAST_WEIGHTS", 0)
+    monkeypatch.setenv("SAELAB_NUMBA", "1")
     x, W, bias = make("plain")
     x[3, 2], x[5, 1] = torch.nan, torch.inf
     values = search_topk(x, W, bias, 12, signed).to_dense()

@@ -29,10 +29,12 @@ def gradients(activation, d_out=None):
 @pytest.mark.parametrize("d_out", [None, 16])
 @pytest.mark.parametrize("activation", [sl.TopK(5), sl.AbsTopK(5)], ids=["topk", "abstopk"])
 def test_searched_latents_give_the_gradients_of_all(activation, d_out, monkeypatch):
+    monkeypatch.setenv("SAELAB_NUMBA", "0")
     wanted_loss, wanted = gradients(activation, d_out)
     if not compiled.has_numba():
         pytest.skip("needs numba")
     monkeypatch.setattr(compiled, "LEAST_WEIGHTS", 0)
+    monkeypatch.setenv("SAELAB_NUMBA", "1")
     calls = []
     search = dead_latents.largest_latents
     monkeypatch.setattr(dead_latents, "largest_latents", lambda *args: calls.append(1) or search(*args))
