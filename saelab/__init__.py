@@ -57,6 +57,7 @@ if TYPE_CHECKING:
         MatchingPursuit as MatchingPursuit,
         OrthogonalMatchingPursuit as OrthogonalMatchingPursuit,
     )
+    from saelab.sae.formats.releases import list_releases as list_releases
     from saelab.sae.objectives.dead_latents import AuxK as AuxK
     from saelab.sae.objectives.reconstruction import ReconstructionLoss as ReconstructionLoss
     from saelab.sae.objectives.terms import register_loss_term as register_loss_term

@@ -17,6 +17,7 @@ from saelab.cli.info import show_info
 from saelab.cli.labeling import VERBS as LABEL_VERBS, label_features, open_book
 from saelab.cli.planning import plan_run
 from saelab.cli.reading import read_texts
+from saelab.cli.releases import show_releases
 from saelab.cli.steering import draw_curve, steer_prompts
 from saelab.cli.terminal import echo, find_base
 from saelab.cli.tracing import trace_prompt
@@ -62,6 +63,7 @@ VERBS: dict[str, Callable[..., None]] = {
     "steer": steer_prompts,
     "steer-curve": draw_curve,
     "trace": trace_prompt,
+    "releases": show_releases,
     "info": show_info,
 }
 

@@ -1,11 +1,9 @@
 """Loading and saving SAEs: a folder, the Hugging Face Hub, a release name, and files of other libraries.
 
 A saved SAE is `config.json` and `model.safetensors` in one folder, Hugging Face style, and `origin.safetensors` where
-it was converted from another library's format. On loading each tensor that is needed is copied once. The model card
-(README.md) for the Hub is written here too.
+it was converted from another library's format. On loading each tensor that is needed is copied once.
 """
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -19,28 +17,18 @@ from typing_extensions import NotRequired, TypedDict
 from saelab.sae.archetypal import Archetypal
 from saelab.sae.config import SAEConfig
 from saelab.sae.formats.conventions import Convention, compose, narrow, own, take_latents
-from saelab.sae.formats.hub import find_release, find_source
+from saelab.sae.formats.hub import HubAccess, find_release, find_source
 from saelab.sae.formats.origin import Origin, SAEFacts, make_provenance
 from saelab.sae.formats.registry import OWN, keep_origin, read_foreign
 from saelab.sae.formats.sources import SAEFiles, read_tensors
 from saelab.sae.module import SAEModule
-from saelab.stores.files import replace_folder, save_tensors, shareable, write_json
+from saelab.stores.files import replace_folder, save_tensors, write_json
 from saelab.stores.manifest import Provenance
-from saelab.stores.results import Result
 from saelab.stores.validation import SEAL, check_settings, naming, read_json, read_sealed
 
 SCHEMA_VERSION = 1
 CONFIG, WEIGHTS, KEPT = "config.json", "model.safetensors", "origin.safetensors"
 KEYS = ("schema_version", "kind", "config", "provenance", "training", "origin")
-LOADERS = {
-    "saelab": ("import saelab as sl", 'sae = sl.SAE.from_pretrained("{repo}")'),
-    "saelens": ("from sae_lens import SAE", 'sae = SAE.from_pretrained("{repo}", ".")'),
-    "sparsify": ("from sparsify import SparseCoder", 'sae = SparseCoder.load_from_hub("{repo}")'),
-    "dictionary_learning": (
-        "from dictionary_learning.utils import load_dictionary",
-        'sae, config = load_dictionary(folder, device="cpu")  # where the files of {repo} are',
-    ),
-}
 SAEParts = tuple[SAEConfig, dict[str, Tensor], Provenance | None, dict[str, Any] | None, Origin | None]
 """configuration, state dict, provenance where known, the training record of an SAE that saelab wrote, and what is kept
 of another library's file to write it back"""
@@ -112,49 +100,8 @@ def read_sae(folder: Path) -> tuple[dict[str, Any], Mapping[str, Any], Origin | 
     return described, read_tensors(folder / WEIGHTS), origin
 
 
-def write_card(sae: SAEModule, repo_id: str, format: str, evaluation: Result | None) -> str:
-    """Markdown of the model card, with the Hub's header: what the SAE is, its training data, how to load it, and its
-    metrics.
-
-    Args:
-        sae: the SAE; its provenance, where it has one, gives model, hook point and text.
-        repo_id: 'owner/name' on the Hub.
-        format: library whose files are uploaded; chooses the loading example.
-        evaluation: result of `evaluate`, shown as a table; None leaves that section out.
-    """
-    origin: Any = getattr(sae, "provenance", None)
-    model = shareable(origin.model) if origin else None
-    on_hub = model is not None and model.count("/") == 1 and not Path(model).exists()
-    header = {
-        "library_name": format,
-        "tags": ["sparse-autoencoder", "interpretability", "saelab"],
-        **({"base_model": model} if on_hub else {}),
-    }
-    facts = {
-        "kind": "transcoder" if sae.cfg.d_out else "sparse autoencoder",
-        "activation": str(sae.cfg.activation),
-        "widths": f"d_in {sae.cfg.d_in}, d_sae {sae.cfg.d_sae}" + (f", d_out {sae.cfg.d_out}" if sae.cfg.d_out else ""),
-        "model": f"{model} (weight processing: {origin.weight_processing})" if origin else "unknown",
-        "place": origin.place if origin else "unknown",
-        "text": shareable(origin.text) if origin else "unknown",
-    }
-    lines = ["---", *(f"{key}: {json.dumps(value)}" for key, value in header.items()), "---", "", f"# {repo_id}", ""]
-    lines += ["| | |", "|---|---|", *(f"| {name} | {_cell(value)} |" for name, value in facts.items()), ""]
-    load = (line.format(repo=repo_id) for line in LOADERS[format])
-    lines += ["## Loading", "", "```python", *load, "```", ""]
-    if format != "saelab":
-        lines += [f'saelab reads it too: `saelab.SAE.from_pretrained("{repo_id}")`.', ""]
-    if evaluation is not None:
-        lines += ["## Evaluation", "", "```text", str(evaluation), "```", ""]
-    return "\n".join(lines)
-
-
-def _cell(value: str) -> str:
-    return value.replace("|", "\\|").replace("\n", " ")
-
-
 def locate(
-    source: str | Path, name: str | None, revision: str | None, overrides: SAEFacts
+    source: str | Path, name: str | None, hub: HubAccess, overrides: SAEFacts
 ) -> tuple[SAEFiles, SAEFacts]:
     """Folder or file of an SAE, downloaded if necessary, and the facts known about it: what the caller gave, else what
     its release entry gives.
@@ -162,15 +109,15 @@ def locate(
     Args:
         source: local path, Hub id `owner/name`, or name of a release.
         name: sub-folder or file in it, or the release's SAE id; None for the source itself.
-        revision: git revision on the Hub; None is the default branch.
+        hub: revision, token and cache on the Hub.
         overrides: facts given by the caller; these override the release's.
     """
     release = None if Path(source).expanduser().exists() else find_release(str(source), name)
     if release is None:
-        return find_source(source, name, revision), overrides
+        return find_source(source, name, hub), overrides
     repo, path, facts = release
     known = {name: value for name, value in vars(facts).items() if getattr(overrides, name) is None}
-    return find_source(repo, path, revision), replace(overrides, **known)
+    return find_source(repo, path, hub), replace(overrides, **known)
 
 
 def load(

@@ -1,6 +1,5 @@
 """`SAE`, a sparse autoencoder or transcoder, and `fit`, which trains several on the same batches."""
 
-import tempfile
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import replace
@@ -30,14 +29,16 @@ from saelab.sae.fitting import (
     open_data,
     origin_of,
 )
+from saelab.sae.formats.hub import HubAccess
 from saelab.sae.formats.origin import Origin, SAEFacts
 from saelab.sae.formats.registry import OWN, find_format, require_room, write_foreign
 from saelab.sae.formats.sources import SAEFiles
 from saelab.sae.module import SAEModule
-from saelab.sae.pretrained import check_config, fill, load, locate, on_meta, write_card, write_sae
+from saelab.sae.pretrained import check_config, fill, load, locate, on_meta, write_sae
+from saelab.sae.publishing import Upload, push
 from saelab.sae.sharding import put_together, take_share
 from saelab.sae.source_views import cut_source
-from saelab.stores.files import read_settled, shareable, write_atomic
+from saelab.stores.files import read_settled, shareable
 from saelab.stores.jobs import hold_folder
 from saelab.stores.manifest import Provenance
 from saelab.stores.results import Result
@@ -139,6 +140,9 @@ class SAE(SAEModule):
         dtype: torch.dtype = torch.float32,
         latents: Sequence[int] | None = None,
         revision: str | None = None,
+        token: str | bool | None = None,
+        cache_dir: str | Path | None = None,
+        local_files_only: bool = False,
         format: str | None = None,
         model: str | None = None,
         hook_point: str | None = None,
@@ -157,13 +161,16 @@ class SAE(SAEModule):
         nothing is executed.
 
         Args:
-            source: folder or file, Hub id `owner/name`, or a release that SAELens lists.
+            source: folder or file, Hub id `owner/name`, or a release: see `sl.list_releases`.
             name: sub-folder or file in it, or the release's SAE id.
             device: device of the weights; None is the CPU.
             dtype: dtype of the weights.
             latents: indices of the latents to load, in that order, where their codes do not depend on the others; None
                 is all.
-            revision: git revision on the Hub; None is the default branch.
+            revision: branch, tag or commit on the Hub; None is the default branch.
+            token: Hub access token; None uses the stored login.
+            cache_dir: folder that downloads are kept in; None is Hugging Face's.
+            local_files_only: whether to look in that folder alone and fetch nothing.
             format: one of the formats above, where a folder holds several; None detects it.
             model: name of the model that the SAE is for.
             hook_point: hook point that it reads.
@@ -187,7 +194,8 @@ class SAE(SAEModule):
             threshold=threshold,
             scale=scale,
         )
-        place, overrides = locate(source, name, revision, overrides)
+        hub = HubAccess(revision=revision, token=token, cache_dir=cache_dir, local_files_only=local_files_only)
+        place, overrides = locate(source, name, hub, overrides)
         sae = read_settled(place.folder, lambda: cls._load(place, overrides, format, latents, dtype))
         sae.name_or_path = str(source) if name is None else f"{source}/{name}"
         return sae.to(device) if device is not None else sae
@@ -218,28 +226,35 @@ class SAE(SAEModule):
         *,
         format: str = "saelab",
         evaluation: Result | None = None,
+        path_in_repo: str | None = None,
+        revision: str | None = None,
+        commit_message: str = "Upload SAE",
+        create_pr: bool = False,
         private: bool = False,
-        token: str | None = None,
+        token: str | bool | None = None,
     ) -> str:
-        """Upload the files and a model card to a Hub model repository, created if need be; returns its address.
+        """Upload the files and a model card to a Hub model repository, created if need be; returns the commit's address.
 
-        The card describes the SAE and how to load it.
+        The card describes the SAE and how to load it. A repository may hold several SAEs, each in a folder, which
+        `from_pretrained(repo_id, path_in_repo)` reads: the card at its top lists them.
 
         Args:
             repo_id: 'owner/name' on the Hub.
             format: format of the files, as in `save_pretrained`.
             evaluation: result of `evaluate`, shown on the card; None leaves it out.
+            path_in_repo: folder in the repository; None is its top.
+            revision: branch, made if need be; None is the default branch.
+            commit_message: message of the commit.
+            create_pr: whether to open a pull request instead; its address is returned.
             private: whether a new repository is private.
             token: Hub access token; None uses the stored login.
         """
-        from huggingface_hub import HfApi
-
-        api = HfApi(token=token)
-        api.create_repo(repo_id, private=private, exist_ok=True)
-        with tempfile.TemporaryDirectory() as folder:
-            self.save_pretrained(folder, format)
-            write_atomic(Path(folder) / "README.md", write_card(self, repo_id, format, evaluation).encode())
-            return str(api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message="Upload SAE"))
+        to = Upload(repo_id, path_in_repo, revision, commit_message, create_pr, private, token)
+        known_as = self.name_or_path
+        try:
+            return push(self, lambda folder: self.save_pretrained(folder, format), to, format, evaluation)
+        finally:
+            self.name_or_path = known_as  # not the folder that the files were in on their way
 
     def for_saebench(self) -> SAEBenchSAE:
         """The same SAE with the attributes and methods that SAEBench expects, rows of W_dec at unit length.

@@ -1,69 +1,164 @@
-"""Downloading a single SAE from the Hugging Face Hub, by repository and path or by release name.
+"""Finding and downloading a single SAE: a local path, a repository on the Hugging Face Hub, or a release by its name.
 
-Only the SAE's own files are downloaded. `releases.json` lists releases as SAELens does, facts only, an entry per
-family: regular expressions of release names and of SAE ids; the repository and the path in it; the model, the hook
-point and whatever else the files leave out. `{...}` is replaced by a named group of either expression.
+Only the SAE's own files are downloaded. Releases are those of `releases.json`, and families that were added here: regular
+expressions of release names and of SAE ids, the repository and the path in it, the model, the hook point and whatever
+else the files leave out. `{...}` is replaced by a named group of either expression.
 """
 
+import glob
 import re
-from dataclasses import asdict, dataclass
-from functools import cache
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from saelab.sae.activation_functions import Activation, make_activation
 from saelab.sae.formats.origin import SAEFacts
 from saelab.sae.formats.registry import READERS
+from saelab.sae.formats.releases import find_near, find_published, pick, read_table, suggest
 from saelab.sae.formats.sources import ARCHIVES, PICKLES, SAEFiles, inside
 from saelab.sae.formats.sparsify import RUN
-from saelab.stores.validation import read_fields, read_json
 
 OWN_FILES = ("config.json", "model.safetensors", "origin.safetensors")
 WEIGHT_SUFFIXES = (*PICKLES, *ARCHIVES, ".safetensors")
-TABLE = Path(__file__).parent / "releases.json"
 
 
-def find_source(source: str | Path, name: str | None = None, revision: str | None = None) -> SAEFiles:
+@dataclass(frozen=True, kw_only=True)
+class HubAccess:
+    """How to ask the Hub, as Hugging Face's own functions name it."""
+
+    revision: str | None = None
+    """branch, tag or commit; None is the default branch"""
+    token: str | bool | None = field(default=None, repr=False)
+    """access token; None uses the stored login"""
+    cache_dir: str | Path | None = None
+    """folder of the cache; None is Hugging Face's"""
+    local_files_only: bool = False
+    """whether to look in the cache alone"""
+
+
+def find_source(source: str | Path, name: str | None = None, hub: HubAccess = HubAccess()) -> SAEFiles:  # noqa: B008
     """Local folder or file of an SAE, downloaded from the Hub repository 'owner/name' where `source` is no local path;
     `name` is a sub-folder or file.
 
     Raises:
-        FileNotFoundError: for what is neither a path nor a repository, and where the Hub cannot be reached.
+        FileNotFoundError: for what is neither a path nor a repository, and where the Hub cannot be reached or has none.
     """
     path = Path(source).expanduser()
     if path.exists():
         return SAEFiles.open(path, name)
     parts = str(source).split("/")
     if len(parts) != 2 or not all(parts) or str(source).startswith((".", "~")):
+        hint = suggest(find_near(str(source), read_table())) if len(parts) == 1 else ""
         raise FileNotFoundError(
-            f"An SAE must be a folder, or a release or Hub id 'owner/name', got '{source}', which is neither; check "
-            "the path."
+            f"An SAE must be a folder, or a release or Hub id 'owner/name', got '{source}', which is neither. "
+            f"{hint or 'Check the path.'}"
         )
-    return SAEFiles.open(_fetch(str(source), list_files(name), revision), name)
+    repo, wanted = str(source), list_files(name)
+    folder = _fetch(repo, wanted, hub)
+    if not any((folder / file).is_file() for file in wanted):
+        raise FileNotFoundError(_describe_absence(repo, name, folder, hub))
+    return SAEFiles.open(folder, name)
 
 
 def list_files(name: str | None) -> list[str]:
     """Paths of all files that an SAE may consist of: those of a sub-folder, or a single file and the configuration next
     to it.
     """
-    known = dict.fromkeys([*OWN_FILES, *(file for reader in READERS.values() for file in reader.files)])
     place = PurePosixPath(inside(name)) if name is not None else PurePosixPath()
     if place.suffix in WEIGHT_SUFFIXES:
         return [str(place), str(place.parent / "config.json")]
     above = [str(place.parent / RUN)] if name is not None else []
-    return [*(str(place / file) for file in known), *above]
+    return [*(str(place / file) for file in _list_known()), *above]
 
 
-def _fetch(repo: str, files: list[str], revision: str | None) -> Path:
+def _list_known() -> list[str]:
+    """Names of the files that SAEs of all formats consist of."""
+    return list(dict.fromkeys([*OWN_FILES, *(file for reader in READERS.values() for file in reader.files)]))
+
+
+def _fetch(repo: str, files: list[str], hub: HubAccess) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(repo, revision=revision, allow_patterns=files))
+        return Path(
+            snapshot_download(
+                repo,
+                revision=hub.revision,
+                token=hub.token,
+                cache_dir=hub.cache_dir,
+                local_files_only=hub.local_files_only,
+                allow_patterns=[glob.escape(file) for file in files],
+            )
+        )
     except OSError as error:  # base class of huggingface_hub's errors
-        raise FileNotFoundError(
-            f"'{repo}' is no local folder and could not be fetched from the Hub ({type(error).__name__}); "
-            "check the name and the connection."
-        ) from error
+        raise FileNotFoundError(_describe_failure(repo, hub, error)) from error
+
+
+def _describe_failure(repo: str, hub: HubAccess, error: OSError) -> str:
+    from huggingface_hub import constants
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    if isinstance(error, GatedRepoError):
+        return (
+            f"'{repo}' must be open to you, and its authors grant access at https://huggingface.co/{repo}. Ask there, "
+            "then pass token= or log in with `hf auth login`."
+        )
+    if isinstance(error, RepositoryNotFoundError):
+        near = find_near(repo, {entry["repo"] for entry in read_table().values()})
+        hint = suggest(near) or "Check the name; for a private one pass token= or log in with `hf auth login`."
+        return f"'{repo}' must be a local folder or a repository on the Hub, got none that is open to you. {hint}"
+    if isinstance(error, RevisionNotFoundError):
+        return f"`revision` must be a branch, tag or commit of '{repo}', got '{hub.revision}', which it does not have."
+    if isinstance(error, LocalEntryNotFoundError) and (hub.local_files_only or constants.HF_HUB_OFFLINE):
+        why = "local_files_only" if hub.local_files_only else "HF_HUB_OFFLINE"
+        at = f" at revision '{hub.revision}'" if hub.revision else ""
+        return (
+            f"'{repo}'{at} must be in the cache {hub.cache_dir or constants.HF_HUB_CACHE}, as {why} forbids to fetch "
+            "it, got none there. Load it once with a connection."
+        )
+    return (
+        f"'{repo}' is no local folder and could not be fetched from the Hub ({type(error).__name__}); check the name "
+        "and the connection."
+    )
+
+
+def _describe_absence(repo: str, name: str | None, folder: Path, hub: HubAccess) -> str:
+    """What is said where a repository holds no SAE at a path: where it holds some."""
+    places = _find_places(_list_repository(repo, folder, hub))
+    near = find_near(name, places) if name is not None else ()
+    hint = suggest(near) or suggest(places[:5], "It has SAEs at") or "Check the name."
+    at = "at its top" if name is None else f"at '{name}'"
+    return f"'{repo}' must hold an SAE {at}, got none of the files of one there. {hint}"
+
+
+def _list_repository(repo: str, folder: Path, hub: HubAccess) -> Iterable[str]:
+    """Paths of the files of a repository; of those in the cache where the Hub is not to be asked or does not answer."""
+    from huggingface_hub import HfApi
+
+    if not hub.local_files_only:
+        try:
+            return HfApi(token=hub.token).list_repo_files(repo, revision=hub.revision)
+        except Exception:  # noqa: BLE001, S110 - of either HTTP library; this makes a message better, no more
+            pass
+    return [path.relative_to(folder).as_posix() for path in sorted(folder.rglob("*")) if path.is_file()]
+
+
+def _find_places(files: Iterable[str]) -> list[str]:
+    """Folders and files that may be SAEs: what `name` may be."""
+    known = {file for file in _list_known() if not file.endswith(".json")}
+    found: dict[str, None] = {}
+    for file in files:
+        path = PurePosixPath(file)
+        if path.suffix in WEIGHT_SUFFIXES:
+            held = next((own for own in known if file == own or file.endswith(f"/{own}")), None)
+            found[file if held is None else file[: -len(held)].rstrip("/")] = None
+    return [place for place in found if place]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -153,24 +248,40 @@ def register_release(
     )
 
 
-@cache
-def _read_table() -> tuple[Release, ...]:
-    return tuple(read_fields(Release, entry) for entry in read_json(TABLE))
-
-
 def find_release(name: str, id: str | None) -> tuple[str, str, SAEFacts] | None:
-    """Repository and path of an SAE of a release, and the facts known about it; None where no release has that name,
-    ValueError for an id that the release lacks.
+    """Repository and path of an SAE of a release, and the facts known about it; None where no release has that name.
+
+    Raises:
+        ValueError: for an id that the release lacks, with near ones, and for an SAE that saelab cannot read.
     """
-    found = [(entry, match) for entry in (*_added, *_read_table()) if (match := re.fullmatch(entry.name, name))]
-    if not found:
-        return None
+    found = [(entry, match) for entry in _added if (match := re.fullmatch(entry.name, name))]
     for entry, match in found:
         if id is not None and (of_id := re.fullmatch(entry.id, id)):
             groups = {**match.groupdict(), **of_id.groupdict(), "id": id}
             return _fill(entry, {key: value for key, value in groups.items() if value is not None})
-    patterns = [entry.id for entry, _ in found][:5]
-    raise ValueError(f"`name` must be an id of release '{name}', got {id!r}; ids look like {patterns}.")
+    if found and name not in read_table():
+        raise ValueError(f"`name` must be an id of release '{name}', got {id!r}. Its ids are as `register_release` said.")
+    published = find_published(name, id)
+    if published is None:
+        return None
+    if published.unread is not None:
+        raise ValueError(
+            f"An SAE must be of a kind that saelab has, got '{id}' of release '{name}', which is {published.unread}."
+        )
+    return published.repo, inside(published.path), _find_facts(name, str(id))
+
+
+def _find_facts(release: str, id: str) -> SAEFacts:
+    """What the files of a published SAE leave out."""
+    entry = read_table()[release]
+    i = entry["id"].index(id)
+    given = {name: pick(entry, name, i) for name in (*entry.get("missing", ()), "weight_processing")}
+    activation = entry.get("activation")
+    return SAEFacts(
+        **given,
+        activation=make_activation(**activation) if activation is not None else None,
+        likely_scale=pick(entry, "scale", i),
+    )
 
 
 def _fill(entry: Release, groups: dict[str, str]) -> tuple[str, str, SAEFacts]:

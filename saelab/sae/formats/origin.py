@@ -42,6 +42,8 @@ class SAEFacts:
     """threshold of inference"""
     scale: float | None = None
     """factor by which activations are multiplied before the encoder"""
+    likely_scale: float | None = None
+    """the same, for a file that says that there is one and not which"""
     text: str = "unknown"
     """data set or file that the activations were collected from"""
     ctx_len: int | None = None

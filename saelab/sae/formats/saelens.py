@@ -188,7 +188,8 @@ def _find_scale(cfg: dict[str, Any], source: SAEFiles, overrides: SAEFacts) -> f
     if normalize == SCALED:
         stored = source.json_if_there(SCALER).get("scaling_factor")
         what = "what activations were multiplied by (sqrt(d_in) / their mean norm; 1.0 if that is folded in)"
-        scale = float(require(stored if scale is None else scale, "scale", what, "0.25"))
+        known = next((value for value in (scale, stored, overrides.likely_scale) if value is not None), None)
+        scale = float(require(known, "scale", what, "0.25"))
     if cfg["architecture"] in TRANSCODERS and scale not in (None, 1.0):
         raise ValueError(
             f"A transcoder's scale must be folded into its weights, got {scale} for {source.folder}: the file does not "

@@ -221,7 +221,10 @@ def test_a_card_says_how_to_load_it_and_how_good_it_is(tmp_path: Path, monkeypat
 
         def create_repo(self, *a: object, **k: object) -> None: ...
 
-        def upload_folder(self, repo_id: str, folder_path: str, commit_message: str) -> str:
+        def file_exists(self, *a: object, **k: object) -> bool:
+            return False
+
+        def upload_folder(self, repo_id: str, folder_path: str, **k: object) -> str:
             for path in Path(folder_path).iterdir():
                 (tmp_path / path.name).write_bytes(path.read_bytes())
             return f"https://hub/{repo_id}"

@@ -219,7 +219,7 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Repositories are folders here; what is fetched is copied, and noted in `fetched`."""
     remote, local = tmp_path / "remote", tmp_path / "cache"
 
-    def snapshot(repo: str, revision: str | None = None, allow_patterns: list[str] | None = None) -> str:
+    def snapshot(repo: str, *, allow_patterns: list[str] | None = None, **asked: Any) -> str:
         if not (remote / repo).is_dir():
             raise OSError("no such repository")
         for path in (remote / repo).rglob("*"):
