@@ -97,6 +97,9 @@ class Publication:
             raise ValueError(f"`model_id` must be letters, digits, '.', '_' and '-', got {self.model_id!r}.")
 
 
+DEFAULTS = Publication()
+
+
 @dataclass(frozen=True, eq=False)
 class Dashboards:
     """Inputs of feature dashboards; without `sae` and `model` some fields stay empty."""
@@ -248,7 +251,7 @@ class BulkImport:
 
     boards: Dashboards
     source: NeuronpediaSource
-    about: Publication = Publication()
+    about: Publication = DEFAULTS
     now: str = field(default_factory=lambda: _format_time(datetime.now(timezone.utc)))
     """time of export, ISO 8601"""
 
@@ -347,26 +350,19 @@ class BulkImport:
             "maxActApprox": above or below,
             "hasVector": bool(vector),
             "vector": vector,
-            "vectorLabel": None,
             "vectorDefaultSteerStrength": (above or -below) if vector else None,
             "hookName": self.boards.store.provenance.hook_point,
-            "topkCosSimIndices": [],
-            "topkCosSimValues": [],
             "sourceSetName": self.source.set,
             **{name: value for name, value in one.items() if name not in left_out},
         }
 
     def explanation(self, label: Label) -> dict[str, Any]:
         """The record of a label: its side stands in the text, its kind and scores in the notes; no person is named."""
+        about = self.about
         return explain(
-            LabelEntry(label, chosen=True),
-            self.source.model,
-            self.source.id,
-            public=True,
-            author_id=self.about.creator_id,
-            explanation_model=self.about.explanation_model,
-            explanation_type=self.about.explanation_type,
-        )
+            LabelEntry(label, chosen=True), self.source.model, self.source.id, public=True, author_id=about.creator_id,
+            explanation_model=about.explanation_model, explanation_type=about.explanation_type,
+        )  # fmt: skip
 
     def activation(self, j: int, n: int, window: dict[str, Any]) -> dict[str, Any]:
         """The record of the n-th window of a feature."""
@@ -437,7 +433,7 @@ def export_store(
     features: FeatureIds | None = None,
     source_set: str = "saelab",
     creator: str = "",
-    about: Publication = Publication(),
+    about: Publication = DEFAULTS,
     n_splits: int = N_SPLITS,
     pad_id: int | None = None,
     progress: bool = True,

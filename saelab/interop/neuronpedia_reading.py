@@ -92,8 +92,8 @@ class NeuronpediaExport:
         named = len({label.feature for label in self.labels})
         with_vector = sum(one.vector is not None for one in self.features.values())
         return (
-            f"{self.source.get('modelId')}/{self.source.get('id')}: {len(self.features):,} features, {with_vector:,} with "
-            f"a vector, {named:,} with an explanation; examples only, not all activations"
+            f"{self.source.get('modelId')}/{self.source.get('id')}: {len(self.features):,} features, "
+            f"{with_vector:,} with a vector, {named:,} with an explanation; examples only, not all activations"
         )
 
 
@@ -111,7 +111,8 @@ def read_neuronpedia(folder: str | Path) -> NeuronpediaExport:
     kinds = ("features", "activations", "explanations")
     if not (folder / "source.jsonl").is_file() and not any(any(_files(folder, kind)) for kind in kinds):
         raise FileNotFoundError(
-            f"`folder` must hold source.jsonl, or batches in {', '.join(kinds)}, got {folder}. Name the folder of one SAE."
+            f"`folder` must hold source.jsonl, or batches in {', '.join(kinds)}, got {folder}. "
+            "Name the folder of one SAE."
         )
     labels = []
     for file in _files(folder, "explanations"):
@@ -141,7 +142,8 @@ def _parse(file: Path) -> Iterator[dict[str, Any]]:
     """The records of a file of JSON lines; ValueError with the line that is none."""
     raw, number = file.read_bytes(), 0
     try:
-        for number, line in enumerate((gzip.decompress(raw) if raw[:2] == b"\x1f\x8b" else raw).splitlines(), 1):
+        for line in (gzip.decompress(raw) if raw[:2] == b"\x1f\x8b" else raw).splitlines():
+            number += 1
             if line.strip():
                 row = json.loads(line)
                 if not isinstance(row, dict) or ("index" in row and read_feature(int(row["index"])) < 0):

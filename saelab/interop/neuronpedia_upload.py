@@ -18,7 +18,7 @@ from urllib.parse import quote, urlsplit
 from urllib.request import HTTPRedirectHandler, Request, build_opener
 
 from saelab.functional.indices import FeatureIds, read_features
-from saelab.interop.neuronpedia import Dashboards, NeuronpediaSource, Publication, explained_labels
+from saelab.interop.neuronpedia import DEFAULTS, Dashboards, NeuronpediaSource, Publication, explained_labels
 from saelab.labels.label import MARKS
 from saelab.lm.model_checks import Model
 from saelab.sae.sae import SAE
@@ -80,9 +80,9 @@ class Server:
             raise ValueError(f"`url` must begin with https://, or be of this machine, got {parts.scheme}://.")
 
     def ask(self, path: str, body: bytes | None = None) -> Any:
-        """The JSON that a route returns; RuntimeError with the server's own words, OSError where its fate is unknown."""
+        """The JSON that a route returns; RuntimeError with its own words, OSError where its fate is unknown."""
         headers = {"x-api-key": self.key, "Content-Type": "application/json", "Accept": "application/json"}
-        request = Request(f"{self.url.rstrip('/')}/api/{path}", body, headers)  # noqa: S310
+        request = Request(f"{self.url.rstrip('/')}/api/{path}", body, headers)
         try:
             with build_opener(_Stay).open(request, timeout=TIMEOUT) as answer:
                 return json.loads(answer.read() or b"null")
@@ -172,7 +172,7 @@ def upload(
     model: "Model | None" = None,
     features: FeatureIds | None = None,
     source_set: str = "saelab",
-    about: Publication = Publication(),
+    about: Publication = DEFAULTS,
     url: str = URL,
     create: bool = False,
     dry_run: bool = False,
