@@ -73,7 +73,7 @@ class Publication:
     creator_id: str = FIRST_USER
     """id of the Neuronpedia user that owns the rows"""
     owner: str = ""
-    """who made the model; empty for the organization in its Hugging Face id, else "custom\""""
+    """who made the model; empty for the organization in its Hugging Face id, else custom"""
     visibility: Visibility = "PUBLIC"
     """PUBLIC as Neuronpedia's converter has it; in its tables the default is PRIVATE, which shows nothing"""
     model_id: str = ""
