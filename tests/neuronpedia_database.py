@@ -60,7 +60,7 @@ class Database:
     def columns(self, table: str) -> dict[str, str]:
         """Type of each column."""
         sql = (
-            "SELECT column_name || '|' || CASE data_type WHEN 'ARRAY' THEN udt_name::regtype::text || '[]' "
+            "SELECT column_name || '|' || CASE data_type WHEN 'ARRAY' THEN udt_name::regtype::text "
             "WHEN 'USER-DEFINED' THEN udt_name ELSE data_type END FROM information_schema.columns "
             f"WHERE table_name = '{table}' ORDER BY ordinal_position"
         )

@@ -20,6 +20,7 @@ from neuronpedia_database import (
     USERS,
     Database,
     find_server,
+    gather_facts,
     import_folder,
     read_facts,
     read_migrations,
@@ -103,7 +104,13 @@ def test_a_wrong_key_is_refused_by_the_tables(tables: Database, store: sl.Featur
     for name, about in {
         "nobody": Publication(creator_id="nobody"),
         "unknown": Publication(explanation_model="unknown-lm"),
-        "other": Publication(creator_id=USERS[1], visibility="UNLISTED", owner="me", model_id=f"other-{tables.name}"),
+        "other": Publication(
+            creator_id=USERS[1],
+            visibility="UNLISTED",
+            owner="me",
+            urls=("https://a.org",),
+            model_id=f"other-{tables.name}",
+        ),
     }.items():
         root = export_store(store, tmp_path, "neuronpedia", source_set=name, about=about, features=[3], progress=False)
         made[name] = import_folder(tables, root)
@@ -113,6 +120,10 @@ def test_a_wrong_key_is_refused_by_the_tables(tables: Database, store: sl.Featur
     )
     assert [one.taken for one in made["other"].values()][:5] == [1] * 5 and not made["other"]["explanations"].errors
     assert tables.ask(f"""SELECT owner, visibility FROM "Model" WHERE id = 'other-{tables.name}'""") == ["me|UNLISTED"]
+
+
+def test_the_facts_are_those_of_the_tables(tables: Database) -> None:
+    assert gather_facts(tables) == json.loads(FACTS.read_text())
 
 
 def test_a_field_without_a_column_is_noticed(tables: Database, store: sl.FeatureStore, tmp_path: Path) -> None:
