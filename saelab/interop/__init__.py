@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     )
     from saelab.interop.neuronpedia_reading import (
         NeuronpediaExport as NeuronpediaExport,
+        PublishedExample as PublishedExample,
+        PublishedFeature as PublishedFeature,
         read_neuronpedia as read_neuronpedia,
     )
     from saelab.interop.neuronpedia_upload import UploadResult as UploadResult, upload as upload
