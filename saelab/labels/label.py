@@ -425,9 +425,11 @@ def _from_record(record: Mapping[str, Any]) -> dict[str, Any]:
     fields["scores"] = {str(score["explanationScoreTypeName"]): score["value"] for score in scores}
     try:
         own = dict(json.loads(record["notes"])["saelab"])
-        return fields | {"text": fields["text"].removeprefix(MARKS[own["sign"]])} | own
     except (KeyError, TypeError, ValueError):
-        pass
+        own = {}
+    if own:
+        mark = next((mark for sign, mark in MARKS.items() if sign == own.get("sign")), "")
+        return fields | {"text": fields["text"].removeprefix(mark)} | own
     origin = {name: record[name] for name in ("id", "modelId", "layer", "typeName", "notes") if record.get(name)}
     made_by = [str(record[name]) for name in ("explanationModelName", "typeName") if record.get(name)]
     return fields | {"author": ", ".join(made_by) or "neuronpedia", "provenance": {"neuronpedia": origin}}
