@@ -22,6 +22,7 @@ from saelab.cli.steering import draw_curve, steer_prompts
 from saelab.cli.terminal import echo, find_base
 from saelab.cli.tracing import trace_prompt
 from saelab.cli.training import collect_text, evaluate_sae, train_sae
+from saelab.cli.uploading import upload_features
 from saelab.stores.jobs import Terminable, is_launched, name_process
 
 DONE, FAILED, WRONG_USE = 0, 1, 2
@@ -64,6 +65,7 @@ VERBS: dict[str, Callable[..., None]] = {
     "steer-curve": draw_curve,
     "trace": trace_prompt,
     "releases": show_releases,
+    "upload": upload_features,
     "info": show_info,
 }
 

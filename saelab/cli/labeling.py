@@ -101,7 +101,7 @@ def export_labels(
         Option("--format", help=f"{', '.join(FORMATS)}.", metavar="NAME", show_default="by the file's ending"),
     ] = None,
     model_id: Annotated[str, Option(metavar="NAME", show_default="the store's")] = "",
-    source_id: Annotated[str, Option(metavar="NAME", show_default="the store's hook point")] = "",
+    source_id: Annotated[str, Option(metavar="NAME", show_default="layer and saelab, such as 6-saelab")] = "",
 ) -> None:
     """Write all labels to a file: JSON, CSV, or Neuronpedia's explanation records, one per line."""
     from saelab.labels.label import name_format

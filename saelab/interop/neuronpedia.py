@@ -1,7 +1,8 @@
 """`export_store`: export a feature store to the file formats of delphi, SAEDashboard and Neuronpedia.
 
 Dashboards are computed from a store, its SAE and its model. Neuronpedia's bulk import format holds an SAE, its
-features and their examples as records of its database.
+features and their examples as rows of its database's tables: a row with a field that no column has, without a value
+that a column needs, or with a key that no other row has is refused. Nothing here names a local folder or a person.
 """
 
 import gzip
@@ -9,7 +10,7 @@ import hashlib
 import json
 import re
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -24,14 +25,22 @@ from saelab.collecting.harvesting import require_harvested
 from saelab.functional.indices import FeatureIds, read_features
 from saelab.functional.screening import largest_first
 from saelab.interop.delphi import N_SPLITS, write_delphi
-from saelab.labels.label import LabelEntry, write_entries
+from saelab.labels.label import FIRST_USER, Label, LabelEntry, explain, name_source
 from saelab.labels.label_store import LabelStore
 from saelab.lm.model_checks import Model, find_known_ids
 from saelab.lm.unembedding import read_out
 from saelab.sae.compatibility import match_weights
 from saelab.sae.sae import SAE
 from saelab.stores.feature_store import FeatureStore
-from saelab.stores.files import as_file_name, replace_folder, shareable, to_json, write_atomic, write_json
+from saelab.stores.files import (
+    as_file_name,
+    replace_folder,
+    shareable,
+    shareable_words,
+    to_json,
+    write_atomic,
+    write_json,
+)
 from saelab.stores.jobs import hidden
 
 N_TOP, N_EACH, N_QUANTILES, N_BINS, N_ROWS, N_LOGITS = 20, 5, 10, 50, 3, 10
@@ -39,10 +48,56 @@ TOP = -1
 """value of the bounds of the top examples"""
 BLOCK = 64
 PER_FILE = 128
-STRENGTH = 10.0
-"""steering strength that Neuronpedia uses, as a multiple of the largest code"""
 SETTINGS, SKIPPED = "run_settings.json", "skipped_indexes.json"
 StoreFormat = Literal["delphi", "saedashboard", "neuronpedia"]
+Visibility = Literal["PUBLIC", "UNLISTED", "PRIVATE"]
+MODEL_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
+SET = re.compile(r"[a-z0-9]+(-[a-z0-9]+)*")
+NO_OWNER = "custom"
+"""owner of the models that Neuronpedia's own API makes"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Publication:
+    """What a Neuronpedia database says of an export: names, keys and who may see it.
+
+    The defaults satisfy the keys of every installation: its seed makes the user `creator_id`, and explanations name no
+    model or type. Raises ValueError for a name that Neuronpedia does not take.
+
+    >>> Publication(owner="EleutherAI", visibility="UNLISTED").creator
+    'saelab'
+    """
+
+    creator: str = "saelab"
+    """name shown as the creator of the release and the set"""
+    creator_id: str = FIRST_USER
+    """id of the Neuronpedia user that owns the rows"""
+    owner: str = ""
+    """who made the model; empty for the organization in its Hugging Face id, else custom"""
+    visibility: Visibility = "PUBLIC"
+    """PUBLIC as Neuronpedia's converter has it; in its tables the default is PRIVATE, which shows nothing"""
+    model_id: str = ""
+    """Neuronpedia's name of the model, such as gpt2-small; empty for the last part of the store's model"""
+    release: str = ""
+    """name of the release; empty for the name of the set"""
+    urls: tuple[str, ...] = ()
+    """pages about the release"""
+    explanation_model: str | None = None
+    """a name of the installation's table of explanation models; None for none"""
+    explanation_type: str | None = None
+    """a name of the installation's table of explanation types; None for none"""
+
+    def __post_init__(self) -> None:
+        if self.visibility not in get_args(Visibility):
+            raise ValueError(f"`visibility` must be one of {list(get_args(Visibility))}, got {self.visibility!r}.")
+        for name in ("creator", "creator_id"):
+            if not getattr(self, name).strip():
+                raise ValueError(f"`{name}` must be a name, got an empty text. Leave it out for the default.")
+        if self.model_id and not MODEL_ID.fullmatch(self.model_id):
+            raise ValueError(f"`model_id` must be letters, digits, '.', '_' and '-', got {self.model_id!r}.")
+
+
+DEFAULTS = Publication()
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,6 +108,11 @@ class Dashboards:
     sae: SAE | None
     model: "Model | None"
     alike: NearestFeatures
+
+    @property
+    def dataset(self) -> str:
+        """Source of the text, without a local path."""
+        return shareable_words(shareable(self.store.provenance.text))
 
     @classmethod
     def open(cls, store: FeatureStore, sae: SAE | None, model: "Model | None") -> "Dashboards":
@@ -105,9 +165,9 @@ class Dashboards:
             "logits_hist_data_bar_values": logit_values,
             "n_prompts_total": int((np.asarray(self.store.text.positions) == 0).sum()),
             "n_tokens_in_prompt": ctx_len,
-            "dataset": self.store.provenance.text,
+            "dataset": self.dataset,
             "decoder_weights_dist": [],
-            "vector": [],
+            **({"vector": self.sae.directions()[j].float().cpu().tolist()} if self.sae is not None else {}),
             "activations": [one for group in self._examples(j) for one in _describe(group, len(self.store))],
         }
 
@@ -165,11 +225,19 @@ class NeuronpediaSource:
     set: str
 
     @classmethod
-    def of(cls, store: FeatureStore, set: str) -> "NeuronpediaSource":
-        """The identifier of a store; the layer of a hook point outside the blocks is 0."""
+    def of(cls, store: FeatureStore, set: str, model_id: str = "") -> "NeuronpediaSource":
+        """The identifier of a store; the layer of a hook point outside the blocks is 0.
+
+        ValueError where the set's name is none that Neuronpedia takes.
+        """
+        if not SET.fullmatch(set) or set == "neurons":
+            raise ValueError(
+                f"`source_set` must be lowercase letters and digits, with single hyphens between, and not 'neurons', "
+                f"got {set!r}."
+            )
         origin = store.provenance
-        layer = re.match(r"blocks\.(\d+)\.", origin.hook_point)
-        return cls(Path(origin.model).name, int(layer[1]) if layer else 0, set)
+        layer = int(name_source(origin.hook_point).partition("-")[0])
+        return cls(model_id or as_file_name(re.split(r"[\\/]", origin.model.rstrip("\\/"))[-1]), layer, set)
 
     @property
     def id(self) -> str:
@@ -183,86 +251,124 @@ class BulkImport:
 
     boards: Dashboards
     source: NeuronpediaSource
-    creator: str
-    now: str
+    about: Publication = DEFAULTS
+    now: str = field(default_factory=lambda: _format_time(datetime.now(timezone.utc)))
     """time of export, ISO 8601"""
 
     def write(self, folder: Path, made: Iterator[dict[str, Any]]) -> Path:
-        """Write the records of these dashboards, and the store's chosen labels; returns the SAE's folder."""
+        """Write the records of these dashboards, and the labels chosen for them; returns the SAE's folder."""
         root = folder / as_file_name(self.source.model) / as_file_name(self.source.id)
         with replace_folder(root, last="source.jsonl", stale=("*.jsonl", "*/batch-*.jsonl.gz")) as temp:
             for name, head in self.heads().items():
                 write_atomic(temp / f"{name}.jsonl", _to_line(head))
+            written: set[int] = set()
             for i, part in enumerate(in_files(made)):
+                written |= {one["feature_index"] for one in part}
                 windows = ((one["feature_index"], n, w) for one in part for n, w in enumerate(one["activations"]))
                 _write_lines(temp / f"features/batch-{i}.jsonl.gz", map(self.feature, part))
                 _write_lines(temp / f"activations/batch-{i}.jsonl.gz", (self.activation(*window) for window in windows))
-            with LabelStore.open(self.boards.store) as book:
-                chosen = [LabelEntry(label, chosen=True) for label in book.chosen() if label.kind != "none"]
-            if chosen:
-                text = write_entries(chosen, "neuronpedia", self.source.model, self.source.id)
-                write_atomic(temp / "explanations/batch-0.jsonl.gz", gzip.compress(text.encode(), mtime=0))
+            self.write_explanations(temp, written)
         return root
+
+    def write_explanations(self, folder: Path, features: set[int]) -> None:
+        """Write the labels that are chosen for these features; no file where there is none."""
+        if made := [self.explanation(label) for label in explained_labels(self.boards.store, features)]:
+            _write_lines(folder / "explanations/batch-0.jsonl.gz", made)
 
     def heads(self) -> dict[str, dict[str, Any]]:
         """The records of model, release, set and SAE, by file name."""
-        store, source = self.boards.store, self.source
-        origin, made = store.provenance, {"createdAt": self.now}
-        nowhere = ("saelensConfig", "saelensRelease", "saelensSaeId", "hfRepoId", "hfFolderId")
+        source, about = self.source, self.about
+        owned = {"creatorId": about.creator_id, "createdAt": self.now, "visibility": about.visibility}
+        release, place = about.release or source.set, self.boards.store.provenance.hook_point
         return {
-            "release": {"name": source.set, "description": repr(store), "creatorName": self.creator, **made},
-            "model": {"id": source.model, "displayName": shareable(origin.model), **made},
+            "release": {
+                "name": release,
+                "description": f"Sparse autoencoder on {place} of {source.model}",
+                "creatorName": about.creator,
+                "urls": list(about.urls),
+                **owned,
+            },
+            "model": {**self._model(), **owned},
             "sourceset": {
                 "modelId": source.model,
                 "name": source.set,
-                "creatorId": self.creator,
-                "releaseName": source.set,
-                **made,
+                "description": place,
+                "creatorName": about.creator,
+                "urls": list(about.urls),
+                "releaseName": release,
+                **owned,
             },
-            "source": {
-                "id": source.id,
-                "modelId": source.model,
-                "setName": source.set,
-                "creatorId": self.creator,
-                "hasDashboards": True,
-                "inferenceEnabled": False,
-                **dict.fromkeys(nowhere),
-                "num_prompts": int((store.text.positions == 0).sum()),
-                "num_tokens_in_prompt": origin.ctx_len,
-                "dataset": origin.text,
-                "notes": f"saelab, {origin.hook_point}, weight processing {origin.weight_processing}",
-                **made,
-            },
+            "source": {**self._source(), **owned},
+        }
+
+    def _model(self) -> dict[str, Any]:
+        """Fields of the model; without a model its sizes are 0, Neuronpedia's word for unknown."""
+        cfg = self.boards.model.cfg if self.boards.model is not None else None
+        given = shareable(self.boards.store.provenance.model)
+        maker = given.partition("/")[0] if given.count("/") == 1 else ""
+        return {
+            "id": self.source.model,
+            "displayName": given,
+            "displayNameShort": self.source.model,
+            "layers": int(cfg.n_layers) if cfg is not None else 0,
+            "neuronsPerLayer": int(getattr(cfg, "d_mlp", None) or 0),
+            "owner": self.about.owner or maker or NO_OWNER,
+            **({"dimension": int(cfg.d_model)} if cfg is not None else {}),
+        }
+
+    def _source(self) -> dict[str, Any]:
+        store, source = self.boards.store, self.source
+        below = int((store.statistics.fires[:, 1] > 0).sum())
+        signs = f"codes keep their sign, {below:,} of {store.d_sae:,} features fire below 0" if store.signed else ""
+        notes = f"saelab, {store.provenance.hook_point}, weight processing {store.provenance.weight_processing}"
+        return {
+            "id": source.id,
+            "modelId": source.model,
+            "setName": source.set,
+            "hasDashboards": True,
+            "inferenceEnabled": False,
+            "num_prompts": int((np.asarray(store.text.positions) == 0).sum()),
+            "num_tokens_in_prompt": store.provenance.ctx_len,
+            "dataset": self.boards.dataset,
+            "notes": "; ".join(filter(None, [notes, signs])),
         }
 
     def feature(self, one: dict[str, Any]) -> dict[str, Any]:
-        """The record of a feature, from its dashboard."""
-        j, sae = one["feature_index"], self.boards.sae
-        peak = float(self.boards.store.statistics.peaks[j].max())
+        """The record of a feature, from its dashboard.
+
+        The steering strength is the largest code; for a feature that fires below 0 only, the smallest.
+        """
+        j, vector = one["feature_index"], one.get("vector", [])
+        above, below = map(float, self.boards.store.statistics.peaks[j])
+        left_out = ("feature_index", "activations", "vector", "dataset", "n_prompts_total", "n_tokens_in_prompt")
         return {
             "modelId": self.source.model,
             "layer": self.source.id,
             "index": str(j),
-            "creatorId": self.creator,
+            "creatorId": self.about.creator_id,
             "createdAt": self.now,
-            "maxActApprox": peak,
-            "hasVector": sae is not None,
-            "vector": sae.directions()[j].float().cpu().tolist() if sae is not None else [],
-            "vectorLabel": None,
-            "vectorDefaultSteerStrength": STRENGTH / peak if peak > 0 else None,
+            "maxActApprox": above or below,
+            "hasVector": bool(vector),
+            "vector": vector,
+            "vectorDefaultSteerStrength": (above or -below) if vector else None,
             "hookName": self.boards.store.provenance.hook_point,
-            "topkCosSimIndices": [],
-            "topkCosSimValues": [],
             "sourceSetName": self.source.set,
-            **{name: value for name, value in one.items() if name not in ("feature_index", "activations", "vector")},
+            **{name: value for name, value in one.items() if name not in left_out},
         }
+
+    def explanation(self, label: Label) -> dict[str, Any]:
+        """The record of a label: its side stands in the text, its kind and scores in the notes; no person is named."""
+        about = self.about
+        return explain(
+            LabelEntry(label, chosen=True), self.source.model, self.source.id, public=True, author_id=about.creator_id,
+            explanation_model=about.explanation_model, explanation_type=about.explanation_type,
+        )  # fmt: skip
 
     def activation(self, j: int, n: int, window: dict[str, Any]) -> dict[str, Any]:
         """The record of the n-th window of a feature."""
         values = window["values"]
         largest = max(range(len(values)), key=values.__getitem__)
         name = json.dumps([self.source.model, self.source.id, j, n, window["tokens"], values])
-        lists = ("dfaValues", "lossValues", "logitContributions", "zIndices", "zValues")
         return {
             "id": "c" + hashlib.sha256(name.encode()).hexdigest()[:24],
             "tokens": window["tokens"],
@@ -273,16 +379,28 @@ class BulkImport:
             "maxValueTokenIndex": largest,
             "minValue": min(values),
             "values": values,
-            "creatorId": self.creator,
-            "dataSource": self.boards.store.provenance.text,
-            **dict.fromkeys(("dataIndex", "dfaTargetIndex", "dfaMaxValue")),
-            **{name: [] for name in lists},
+            "creatorId": self.about.creator_id,
+            "dataSource": self.boards.dataset,
             "createdAt": self.now,
             "binMin": window["bin_min"],
             "binMax": window["bin_max"],
             "binContains": window["bin_contains"],
             "qualifyingTokenIndex": window["qualifying_token_index"],
         }
+
+
+def explained_labels(store: FeatureStore, features: set[int]) -> list[Label]:
+    """The chosen labels of these features; one that says that there is no good name is no explanation."""
+    with LabelStore.open(store) as book:
+        return [
+            label
+            for label in book.chosen()
+            if label.kind != "none" and label.text.strip() and label.feature in features
+        ]
+
+
+def _format_time(time: datetime) -> str:
+    return time.isoformat(timespec="milliseconds").replace("+00:00", "Z")
 
 
 def in_files(items: Iterable[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
@@ -314,7 +432,8 @@ def export_store(
     model: "Model | None" = None,
     features: FeatureIds | None = None,
     source_set: str = "saelab",
-    creator: str = "saelab",
+    creator: str = "",
+    about: Publication = DEFAULTS,
     n_splits: int = N_SPLITS,
     pad_id: int | None = None,
     progress: bool = True,
@@ -327,14 +446,15 @@ def export_store(
         store: feature store to export.
         folder: folder to write to.
         format: "delphi", the latent cache that delphi explains and scores; "saedashboard", `run_settings.json`,
-            `skipped_indexes.json` and `batch-{i}.json` as SAEDashboard writes them for Neuronpedia; "neuronpedia", the
-            files of its bulk import under `{model}/{layer}-{source_set}`, with the store's chosen labels as
-            explanations.
+            `skipped_indexes.json` and `batch-{i}.json` as SAEDashboard writes them for Neuronpedia's converter;
+            "neuronpedia", the files of its bulk import under `{model}/{layer}-{source_set}`. Both of the latter get the
+            store's chosen labels in `explanations/`, which the converter leaves out: copy the folder into its output.
         sae: the SAE of the store, for decoder directions; not used for delphi.
         model: the language model, for promoted logits; needs `sae`, not used for delphi.
         features: numbers of the features; None takes all that fire. Not used for delphi.
         source_set: Neuronpedia's name of the set of SAEs.
-        creator: name of the records' creator, for "neuronpedia".
+        creator: name shown as the creator, for "neuronpedia"; empty for that of `about`.
+        about: names, keys and visibility of the records, for "neuronpedia".
         n_splits: number of files, for "delphi".
         pad_id: token id that fills up short sequences, for "delphi".
         progress: whether to show a progress bar.
@@ -348,12 +468,13 @@ def export_store(
         return write_delphi(store, folder, n_splits=n_splits, pad_id=pad_id)
     fires = store.statistics.fires.sum(1) > 0
     wanted = read_features(fires.nonzero()[0] if features is None else features, store.d_sae)
-    boards, source = Dashboards.open(store, sae, model), NeuronpediaSource.of(store, source_set)
+    source = NeuronpediaSource.of(store, source_set, about.model_id)
+    boards = Dashboards.open(store, sae, model)
+    records = BulkImport(boards, source, replace(about, creator=creator or about.creator))
     made = _show_progress(boards.make(wanted), len(wanted), progress)
     if format == "neuronpedia":
-        now = datetime.now(timezone.utc).isoformat()
-        return BulkImport(boards, source, creator, now).write(Path(folder), made)
-    return _write_batches(Path(folder), store, source, made, (~fires).nonzero()[0].tolist())
+        return records.write(Path(folder), made)
+    return _write_batches(Path(folder), records, made, (~fires).nonzero()[0].tolist(), {*map(int, wanted)})
 
 
 def _show_progress(items: Iterator[dict[str, Any]], n: int, progress: bool) -> Iterator[dict[str, Any]]:
@@ -363,15 +484,17 @@ def _show_progress(items: Iterator[dict[str, Any]], n: int, progress: bool) -> I
 
 
 def _write_batches(
-    folder: Path, store: FeatureStore, source: NeuronpediaSource, made: Iterator[dict[str, Any]], silent: list[int]
+    folder: Path, records: BulkImport, made: Iterator[dict[str, Any]], silent: list[int], features: set[int]
 ) -> Path:
     """Write the dashboards in SAEDashboard's files for Neuronpedia."""
+    source, store = records.source, records.boards.store
     head = {"model_id": source.model, "layer": source.layer, "sae_set": source.set, "sae_id_suffix": None}
-    with replace_folder(folder, last=SETTINGS, stale=(SETTINGS, SKIPPED, "batch-*.json")) as temp:
+    with replace_folder(folder, last=SETTINGS, stale=(SETTINGS, SKIPPED, "batch-*.json", "*/batch-*.jsonl.gz")) as temp:
         for i, part in enumerate(in_files(made)):
             write_json(temp / f"batch-{i}.json", {**head, "features": part})
         write_json(temp / SKIPPED, {**head, "skipped_indexes": silent})
-        origin = store.provenance
-        settings = {"n_features_at_a_time": PER_FILE, "n_tokens": len(store), "hook_point": origin.hook_point}
-        write_json(temp / SETTINGS, {**head, **settings, "n_features": store.d_sae, "dataset": origin.text})
+        records.write_explanations(temp, features)
+        place = store.provenance.hook_point
+        settings = {"n_features_at_a_time": PER_FILE, "n_tokens": len(store), "hook_point": place}
+        write_json(temp / SETTINGS, {**head, **settings, "n_features": store.d_sae, "dataset": records.boards.dataset})
     return folder

@@ -22,7 +22,7 @@ import numpy as np
 
 from saelab.functional.indices import read_feature
 from saelab.stores.feature_store import FeatureStore
-from saelab.stores.files import to_json
+from saelab.stores.files import shareable, to_json
 
 LabelKind = Literal["input", "output", "position", "two-sided", "polysemantic", "none", "free"]
 """What a label describes.
@@ -42,6 +42,9 @@ COLUMNS = ("feature", "sign", "text", "kind", "author", "by_person", "chosen", "
 FORMULA = re.compile("^'*[=+\\-@\t\r\n\uff1d\uff0b\uff0d\uff20]")
 """cells that a spreadsheet would run as a formula, and cells that look like an escaped one"""
 LONGEST_CELL = 2**31 - 1
+FIRST_USER = "clkht01d40000jv08hvalcvly"
+"""id of the user that the seed of every Neuronpedia installation makes"""
+SOURCE_SET = "saelab"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -245,7 +248,7 @@ def write_entries(entries: Sequence[LabelEntry], form: Format, model_id: str = "
     if form == "csv":
         return _write_csv(entries)
     if form == "neuronpedia":
-        records = (_to_record(entry, model_id, source_id) for entry in entries)
+        records = (explain(entry, model_id, source_id) for entry in entries)
         return "".join(json.dumps(record, allow_nan=False) + "\n" for record in records)
     listed = [entry.label.to_dict() | {"chosen": entry.chosen, "fixed": entry.fixed} for entry in entries]
     return to_json({"kind": "labels", "schema_version": SCHEMA_VERSION, "labels": listed}) + "\n"
@@ -349,25 +352,70 @@ def _from_cells(row: Mapping[str | None, Any]) -> dict[str, Any]:
     return cells | plain | {name: json.loads(cells[name]) for name in PACKED if name in cells}
 
 
-# ---- Neuronpedia: what it has no field for stands as JSON in its notes
-def _to_record(entry: LabelEntry, model_id: str, source_id: str) -> dict[str, Any]:
+# ---- Neuronpedia: what it has no column for stands as JSON in its notes
+def name_source(hook_point: str) -> str:
+    """Neuronpedia's name of an SAE of saelab's: the layer, 0 outside the blocks, and the set.
+
+    >>> name_source("blocks.6.hook_resid_post")
+    '6-saelab'
+    """
+    layer = re.match(r"blocks\.(\d+)\.", hook_point)
+    return f"{int(layer[1]) if layer else 0}-{SOURCE_SET}"
+
+
+def explain(
+    entry: LabelEntry,
+    model_id: str,
+    source_id: str,
+    *,
+    public: bool = False,
+    author_id: str = FIRST_USER,
+    explanation_model: str | None = None,
+    explanation_type: str | None = None,
+) -> dict[str, Any]:
+    """A label as a row of Neuronpedia's table of explanations, with no field that the table lacks.
+
+    Args:
+        entry: the label.
+        model_id: Neuronpedia's name of the model.
+        source_id: Neuronpedia's name of the SAE.
+        public: whether to leave out evidence, provenance and the name of a person.
+        author_id: id of a Neuronpedia user.
+        explanation_model: a name of its table of explanation models; None for none.
+        explanation_type: a name of its table of explanation types; None for none.
+    """
     label = entry.label
-    rest = {name: value for name, value in label.to_dict().items() if name not in ("feature", "text", "scores", "time")}
-    notes = json.dumps({"saelab": json.loads(to_json(rest | {"chosen": entry.chosen, "fixed": entry.fixed}))})
     name = json.dumps([model_id, source_id, label.feature, label.sign, label.author, label.text, label.time])
-    scores = {score: value if math.isfinite(value) else None for score, value in label.scores.items()}
     return {
         "id": "c" + hashlib.sha256(name.encode()).hexdigest()[:24],
         "modelId": model_id,
         "layer": source_id,
         "index": str(label.feature),
-        "description": label.text,
-        "typeName": None,
-        "explanationModelName": None if label.by_person else label.author,
-        "notes": notes,
-        "scores": [{"explanationScoreTypeName": score, "value": value} for score, value in scores.items()],
-        "createdAt": label.time,
+        "description": MARKS[label.sign] + label.text,
+        "authorId": author_id,
+        "typeName": explanation_type,
+        "explanationModelName": explanation_model,
+        "notes": json.dumps({"saelab": json.loads(to_json(_to_notes(entry, public)))}),
+        "createdAt": _format_valid(label.time),
     }
+
+
+def _to_notes(entry: LabelEntry, public: bool) -> dict[str, Any]:
+    label = entry.label.to_dict()
+    names = ("sign", "kind", "by_person", "scores") if public else (*label.keys() - {"feature", "text", "time"},)
+    notes = {name: label[name] for name in sorted(names)}
+    if public:
+        return notes | {"author": "a person" if entry.label.by_person else shareable(entry.label.author)}
+    return notes | {"time": entry.label.time, "chosen": entry.chosen, "fixed": entry.fixed}
+
+
+def _format_valid(time: str) -> str:
+    """The time where it is one, else now: the table needs one."""
+    try:
+        datetime.fromisoformat(time)
+    except ValueError:
+        return format_time()
+    return time
 
 
 def _from_record(record: Mapping[str, Any]) -> dict[str, Any]:
@@ -376,9 +424,12 @@ def _from_record(record: Mapping[str, Any]) -> dict[str, Any]:
     scores = record.get("scores") or []
     fields["scores"] = {str(score["explanationScoreTypeName"]): score["value"] for score in scores}
     try:
-        return fields | dict(json.loads(record["notes"])["saelab"])
+        own = dict(json.loads(record["notes"])["saelab"])
     except (KeyError, TypeError, ValueError):
-        pass
+        own = {}
+    if own:
+        mark = next((mark for sign, mark in MARKS.items() if sign == own.get("sign")), "")
+        return fields | {"text": fields["text"].removeprefix(mark)} | own
     origin = {name: record[name] for name in ("id", "modelId", "layer", "typeName", "notes") if record.get(name)}
     made_by = [str(record[name]) for name in ("explanationModelName", "typeName") if record.get(name)]
     return fields | {"author": ", ".join(made_by) or "neuronpedia", "provenance": {"neuronpedia": origin}}

@@ -27,6 +27,7 @@ from saelab.labels.label import (
     ShownLabel,
     format_time,
     name_format,
+    name_source,
     read_entries,
     write_entries,
 )
@@ -270,7 +271,11 @@ class LabelStore:
                 formula is prefixed with an apostrophe; for Neuronpedia labels of kind "none" (no good name) are left
                 out.
             model_id: Neuronpedia's name of the model; empty for the name of the store's model.
-            source_id: Neuronpedia's name of the SAE; empty for the store's hook point.
+            source_id: Neuronpedia's name of the SAE; empty for layer and set as `export_store` has them, such as
+                6-saelab.
+
+        The file names authors, evidence and provenance, so that it can be read back. What `export_store` writes for
+        Neuronpedia does not.
         """
         path, form = Path(path), form or name_format(Path(path))
         entries = self._entries(order="id")
@@ -278,7 +283,7 @@ class LabelStore:
             entries = [entry for entry in entries if entry.label.kind != "none"]
         origin: Mapping[str, Any] = self._manifest.provenance if self._manifest else {}
         model_id = model_id or Path(str(origin.get("model", ""))).name
-        source_id = source_id or str(origin.get("hook_point", ""))
+        source_id = source_id or name_source(str(origin.get("hook_point", "")))
         text = write_entries(entries, form, model_id, source_id).encode()
         write_atomic(path, gzip.compress(text, mtime=0) if path.suffix == ".gz" else text)
         return len(entries)

@@ -269,8 +269,9 @@ def test_records_of_neuronpedia_and_plain_tables_are_read(
     mine.add([label(0, "hot", sign=1), label(1, "nothing", kind="none")])
     assert mine.save(tmp_path / "mine.jsonl") == 1
     written = json.loads((tmp_path / "mine.jsonl").read_text())
-    assert (written["modelId"], written["layer"], written["index"]) == ("gpt-tiny", "blocks.1.hook_resid_post", "0")
-    assert written["description"] == "hot" and written["explanationModelName"] == "rules"
+    assert (written["modelId"], written["layer"], written["index"]) == ("gpt-tiny", "1-saelab", "0")
+    assert written["description"] == "+ hot" and json.loads(written["notes"])["saelab"]["author"] == "rules"
+    assert written["explanationModelName"] is None  # a key into a table of Neuronpedia's
 
 
 BAD = {
