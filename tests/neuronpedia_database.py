@@ -81,7 +81,8 @@ def _insert(table: str, row: dict[str, Any]) -> str:
     listed = ", ".join(f'"{name}"' for name in row)
     return (
         f'INSERT INTO "{table}" ({listed}) '
-        f'SELECT {listed} FROM jsonb_populate_record(null::"{table}", $json${json.dumps(row)}$json$::jsonb);\n'
+        f'SELECT {listed} FROM jsonb_populate_record(null::"{table}", $json${json.dumps(row)}$json$::jsonb) '
+        "ON CONFLICT DO NOTHING;\n"
     )
 
 
@@ -233,7 +234,7 @@ def import_folder(database: Database, folder: Path) -> dict[str, Taken]:
 
 
 def _import_heads(database: Database, table: str, rows: list[dict[str, Any]]) -> Taken:
-    """Its object mapper refuses a field that it does not know, a value of another type, and null where one is due."""
+    """A row that is there already stays. Unknown fields, values of other types and missing ones are refused."""
     before, errors, columns = database.count(table), [], database.columns(table)
     for row in rows:
         errors += [f"{table}.{name} is not known" for name in row if name not in columns]

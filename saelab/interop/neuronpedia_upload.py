@@ -200,7 +200,7 @@ def upload(
         progress: whether to show a progress bar.
 
     Raises:
-        ValueError: there is no key, or a name is none that Neuronpedia takes.
+        ValueError: there is no key, a feature never fires, or a name is none that Neuronpedia takes.
         RuntimeError: the server refuses a request, with its reason.
     """
     source = NeuronpediaSource.of(store, source_set, about.model_id)
@@ -209,6 +209,8 @@ def upload(
     target = f"{url.rstrip('/')}/{source.model}/{source.id}"
     fires = store.statistics.fires.sum(1) > 0
     wanted = [*map(int, read_features(fires.nonzero()[0] if features is None else features, store.d_sae))]
+    if silent := [j for j in wanted if not fires[j]]:
+        raise ValueError(f"`features` must fire in the store, as a feature is sent with examples; {silent[:5]} do not.")
     name = f"upload-{hashlib.sha256(target.encode()).hexdigest()[:12]}.json"
     book = Journal.open(Path(journal) if journal is not None else store.folder / name, target)
     left = [j for j in wanted if j not in book.done]

@@ -38,7 +38,7 @@ def test_an_export_is_read_back(store: sl.FeatureStore, sae: sl.SAE, tiny: Any, 
     for j, one in found.features.items():
         assert one.rate == pytest.approx(len(store.feature(j)) / len(store))
         assert one.vector == pytest.approx(sae.directions()[j].float().numpy())
-        assert one.promoted[0] == pytest.approx(sl.analysis.logit_lens(sae, tiny, [j])[j].promoted[0])
+        assert one.promoted[0] == tuple(sl.analysis.logit_lens(sae, tiny, [j])[j].promoted[0])
         windows = found.examples([j])[j]
         assert max(map(abs, windows[0].values)) == pytest.approx(float(np.abs(store.feature(j).values).max()))
         assert {len(w.tokens) - len(w.values) for w in windows} == {0}

@@ -135,6 +135,7 @@ def send(store: sl.FeatureStore, site: tuple[Site, str], tmp_path: Path, monkeyp
     monkeypatch.setattr(neuronpedia_upload, "MOST_FEATURES", 10)
     monkeypatch.setattr(neuronpedia_upload, "FIRST_WAIT", 0.001)
     monkeypatch.delenv("NEURONPEDIA_API_KEY", raising=False)
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     about = Publication(model_id="Tiny-LM")
 
     def call(**changes: Any) -> Any:
