@@ -315,12 +315,22 @@ def run_case(kind: Kind, valid: Path, made: Any, seed: int, home: Path) -> str:
     return said if said in ("read", "refused") else f"{kind.name} {seed} ({how}): {said}"
 
 
+def _find_cause(error: BaseException) -> BaseException:
+    """What a check of types met that reads a file itself, as for the texts in a mapping; else the error."""
+    while type(error).__name__ == "TypeCheckError" and (inner := error.__cause__ or error.__context__) is not None:
+        error = inner
+    return error
+
+
 def _try(kind: Kind, folder: Path, made: Any) -> str:
     signal.alarm(SECONDS)
     used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (used + BYTES, used + BYTES))
     try:
-        kind.read(folder, made)
+        try:
+            kind.read(folder, made)
+        except TypeError as error:
+            raise _find_cause(error) from None
     except (ValueError, FileNotFoundError) as error:
         clean = type(error) in (ValueError, FileNotFoundError) or type(error).__module__.startswith("saelab.")
         named = str(folder) in str(error)
