@@ -1,6 +1,6 @@
 """Write `saelab/sae/formats/releases.json` from the registry of an installed sae-lens; `--check` compares the two.
 
-    pip install --no-deps sae-lens pyyaml       # in an environment of its own: only its registry is read
+    pip install --no-deps sae-lens pyyaml       # only its registry is read; --check needs saelab beside it
     python scripts/refresh_releases.py          # writes the file
     python scripts/refresh_releases.py --check  # exit code 1 where an id leads elsewhere than in sae-lens
 
@@ -228,7 +228,10 @@ def gather(name: str, value: Any) -> Any:
 
 def build() -> dict[str, Any]:
     registry, version = read_registry()
-    return {"source": f"sae-lens {version}", "releases": {name: convert(name, entry) for name, entry in registry.items()}}
+    return {
+        "source": f"sae-lens {version}",
+        "releases": {name: convert(name, entry) for name, entry in registry.items()},
+    }
 
 
 def write(table: dict[str, Any]) -> None:
