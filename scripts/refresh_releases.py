@@ -4,9 +4,9 @@
     python scripts/refresh_releases.py          # writes the file
     python scripts/refresh_releases.py --check  # exit code 1 where an id leads elsewhere than in sae-lens
 
-Facts alone are taken over: names, repositories, paths, measured L0 and variance explained, Neuronpedia's ids. Hook points
-and widths are in the names and in SAELens' loaders, a function per loader; which of the facts the files themselves leave
-out is said here.
+Facts alone are taken over: names, repositories, paths, measured L0 and variance explained, Neuronpedia's ids. Hook
+points and widths are in the names and in SAELens' loaders, a function per loader; which of the facts the files
+themselves leave out is said here.
 """
 
 import argparse
@@ -30,7 +30,7 @@ HUB_IDS = {
 }
 """Hub ids of models that the registry calls by TransformerLens' names"""
 RIGHT_MODELS = {"gemma-scope-9b-it-res": "google/gemma-2-9b-it"}
-"""releases whose model the registry has wrong: the repository and its canonical release say the instruction-tuned one"""
+"""releases whose model the registry has wrong: repository and canonical release say the instruction-tuned one"""
 PLACES = {
     "res": "blocks.{layer}.hook_resid_post",
     "mlp": "blocks.{layer}.hook_mlp_out",

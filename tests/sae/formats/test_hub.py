@@ -49,7 +49,7 @@ def test_a_name_is_no_pattern(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(
         "huggingface_hub.snapshot_download", lambda repo, **given: asked.extend(given["allow_patterns"]) or tmp_path
     )
-    with pytest.raises(FileNotFoundError, match="must hold an SAE at 'a\\*'"):
+    with pytest.raises(FileNotFoundError, match=r"must hold an SAE at 'a\*'"):
         sl.SAE.from_pretrained("me/any", "a*", local_files_only=True)
     assert "a[*]/params.npz" in asked
 
@@ -60,11 +60,11 @@ def test_what_is_in_the_cache_is_read_without_the_hub(tmp_path: Path) -> None:
     sae = sl.SAE.from_pretrained("me/saes", "layer_3", revision="v2", **given, **PLACE)
     by_commit = sl.SAE.from_pretrained("me/saes", "layer_3", revision=SHA, **given, **PLACE)
     assert torch.equal(sae.W_dec, by_commit.W_dec)
-    with pytest.raises(FileNotFoundError, match="'me/saes' must be in the cache .*, as local_files_only forbids"):
+    with pytest.raises(FileNotFoundError, match=r"'me/saes' must be in the cache .*, as local_files_only forbids"):
         sl.SAE.from_pretrained("me/saes", "layer_3", **given, **PLACE)
     with pytest.raises(FileNotFoundError, match=r"must hold an SAE at 'layer_33', got none .* one of: layer_3\?"):
         sl.SAE.from_pretrained("me/saes", "layer_33", revision="v2", **given, **PLACE)
-    with pytest.raises(FileNotFoundError, match="an SAE at its top, got none .* It has SAEs at: layer_3,"):
+    with pytest.raises(FileNotFoundError, match=r"an SAE at its top, got none .* It has SAEs at: layer_3,"):
         sl.SAE.from_pretrained("me/saes", revision="v2", **given, **PLACE)
 
 
@@ -109,5 +109,5 @@ def test_a_repository_that_is_nearly_one_of_the_published(monkeypatch: pytest.Mo
         raise failing(errors.RepositoryNotFoundError)
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot)
-    with pytest.raises(FileNotFoundError, match="Did you mean one of: google/gemma-scope-2b-pt-res,"):
+    with pytest.raises(FileNotFoundError, match=r"Did you mean one of: google/gemma-scope-2b-pt-res,"):
         sl.SAE.from_pretrained("google/gemma-scope-2b-pt-ress", "x")

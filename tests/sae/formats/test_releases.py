@@ -77,12 +77,12 @@ def test_what_is_not_read_says_why(release: str, id: str, reason: str) -> None:
 
 
 def test_typing_errors_are_told_what_is_near() -> None:
-    with pytest.raises(FileNotFoundError, match="Did you mean one of: gemma-scope-2b-pt-res-canonical,"):
+    with pytest.raises(FileNotFoundError, match=r"Did you mean one of: gemma-scope-2b-pt-res-canonical,"):
         sl.SAE.from_pretrained("gemma-scope-2b-pt-res-cannonical", "layer_12/width_16k/canonical")
-    with pytest.raises(ValueError, match="Did you mean one of: layer_12/width_16k/canonical,") as error:
+    with pytest.raises(ValueError, match=r"Did you mean one of: layer_12/width_16k/canonical,") as error:
         sl.SAE.from_pretrained("gemma-scope-2b-pt-res-canonical", "layer_12/width16k/canonical")
     assert "(?P<" not in str(error.value) and "lists all 58" in str(error.value)
-    with pytest.raises(ValueError, match="got None. There are: layer_0/width_16k/canonical, "):
+    with pytest.raises(ValueError, match=r"got None. There are: layer_0/width_16k/canonical, "):
         sl.SAE.from_pretrained("gemma-scope-2b-pt-res-canonical")
     with pytest.raises(ValueError, match=r"`model` must be .* Did you mean one of: gemma-2-2b,"):
         sl.list_releases(model="gema-2-2b")
