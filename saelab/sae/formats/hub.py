@@ -1,8 +1,8 @@
 """Finding and downloading a single SAE: a local path, a repository on the Hugging Face Hub, or a release by its name.
 
 Only the SAE's own files are downloaded. Releases are those of `releases.json`, and families that were added here:
-regular expressions of release names and of SAE ids, the repository and the path in it, the model, the hook point and whatever
-else the files leave out. `{...}` is replaced by a named group of either expression.
+regular expressions of release names and of SAE ids, the repository and the path in it, the model, the hook point and
+whatever else the files leave out. `{...}` is replaced by a named group of either expression.
 """
 
 import glob
