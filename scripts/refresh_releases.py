@@ -1,12 +1,12 @@
 """Write `saelab/sae/formats/releases.json` from the registry of an installed sae-lens; `--check` compares the two.
 
-    pip install --no-deps sae-lens pyyaml       # in an environment of its own: only its registry is read
+    pip install --no-deps sae-lens pyyaml       # only its registry is read; --check needs saelab beside it
     python scripts/refresh_releases.py          # writes the file
     python scripts/refresh_releases.py --check  # exit code 1 where an id leads elsewhere than in sae-lens
 
-Facts alone are taken over: names, repositories, paths, measured L0 and variance explained, Neuronpedia's ids. Hook points
-and widths are in the names and in SAELens' loaders, a function per loader; which of the facts the files themselves leave
-out is said here.
+Facts alone are taken over: names, repositories, paths, measured L0 and variance explained, Neuronpedia's ids. Hook
+points and widths are in the names and in SAELens' loaders, a function per loader; which of the facts the files
+themselves leave out is said here.
 """
 
 import argparse
@@ -30,7 +30,7 @@ HUB_IDS = {
 }
 """Hub ids of models that the registry calls by TransformerLens' names"""
 RIGHT_MODELS = {"gemma-scope-9b-it-res": "google/gemma-2-9b-it"}
-"""releases whose model the registry has wrong: the repository and its canonical release say the instruction-tuned one"""
+"""releases whose model the registry has wrong: repository and canonical release say the instruction-tuned one"""
 PLACES = {
     "res": "blocks.{layer}.hook_resid_post",
     "mlp": "blocks.{layer}.hook_mlp_out",
@@ -228,7 +228,10 @@ def gather(name: str, value: Any) -> Any:
 
 def build() -> dict[str, Any]:
     registry, version = read_registry()
-    return {"source": f"sae-lens {version}", "releases": {name: convert(name, entry) for name, entry in registry.items()}}
+    return {
+        "source": f"sae-lens {version}",
+        "releases": {name: convert(name, entry) for name, entry in registry.items()},
+    }
 
 
 def write(table: dict[str, Any]) -> None:

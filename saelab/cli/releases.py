@@ -18,7 +18,7 @@ def show_releases(
     d_sae: Annotated[int | None, Option(metavar="N")] = None,
     json: options.AsJSON = False,
 ) -> None:
-    """Show published SAEs that `saelab convert RELEASE FOLDER --name ID` and others find by name; nothing is fetched."""
+    """Show published SAEs that `saelab convert RELEASE FOLDER --name ID` finds by name; nothing is fetched."""
     from saelab.sae.formats.releases import list_releases
     from saelab.stores.files import to_json
 

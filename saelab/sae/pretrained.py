@@ -21,7 +21,6 @@ from saelab.sae.formats.hub import HubAccess, find_release, find_source
 from saelab.sae.formats.origin import Origin, SAEFacts, make_provenance
 from saelab.sae.formats.registry import OWN, keep_origin, read_foreign
 from saelab.sae.formats.sources import SAEFiles, read_tensors
-from saelab.sae.module import SAEModule
 from saelab.stores.files import replace_folder, save_tensors, write_json
 from saelab.stores.manifest import Provenance
 from saelab.stores.validation import SEAL, check_settings, naming, read_json, read_sealed
@@ -100,9 +99,7 @@ def read_sae(folder: Path) -> tuple[dict[str, Any], Mapping[str, Any], Origin | 
     return described, read_tensors(folder / WEIGHTS), origin
 
 
-def locate(
-    source: str | Path, name: str | None, hub: HubAccess, overrides: SAEFacts
-) -> tuple[SAEFiles, SAEFacts]:
+def locate(source: str | Path, name: str | None, hub: HubAccess, overrides: SAEFacts) -> tuple[SAEFiles, SAEFacts]:
     """Folder or file of an SAE, downloaded if necessary, and the facts known about it: what the caller gave, else what
     its release entry gives.
 

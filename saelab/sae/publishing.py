@@ -142,9 +142,7 @@ def describe_sae(sae: SAEModule) -> dict[str, str]:
     }
 
 
-def write_card(
-    sae: SAEModule, repo_id: str, format: str, evaluation: Result | None, path: str | None = None
-) -> str:
+def write_card(sae: SAEModule, repo_id: str, format: str, evaluation: Result | None, path: str | None = None) -> str:
     """Markdown of the model card, with the Hub's header: what the SAE is, its training data, how to load it, and its
     metrics.
 

@@ -233,7 +233,7 @@ class SAE(SAEModule):
         private: bool = False,
         token: str | bool | None = None,
     ) -> str:
-        """Upload the files and a model card to a Hub model repository, created if need be; returns the commit's address.
+        """Upload the files and a model card to a Hub repository, created if need be; returns the commit's address.
 
         The card describes the SAE and how to load it. A repository may hold several SAEs, each in a folder, which
         `from_pretrained(repo_id, path_in_repo)` reads: the card at its top lists them.

@@ -1,8 +1,8 @@
 """Finding and downloading a single SAE: a local path, a repository on the Hugging Face Hub, or a release by its name.
 
-Only the SAE's own files are downloaded. Releases are those of `releases.json`, and families that were added here: regular
-expressions of release names and of SAE ids, the repository and the path in it, the model, the hook point and whatever
-else the files leave out. `{...}` is replaced by a named group of either expression.
+Only the SAE's own files are downloaded. Releases are those of `releases.json`, and families that were added here:
+regular expressions of release names and of SAE ids, the repository and the path in it, the model, the hook point and
+whatever else the files leave out. `{...}` is replaced by a named group of either expression.
 """
 
 import glob
@@ -37,7 +37,7 @@ class HubAccess:
     """whether to look in the cache alone"""
 
 
-def find_source(source: str | Path, name: str | None = None, hub: HubAccess = HubAccess()) -> SAEFiles:  # noqa: B008
+def find_source(source: str | Path, name: str | None = None, hub: HubAccess = HubAccess()) -> SAEFiles:
     """Local folder or file of an SAE, downloaded from the Hub repository 'owner/name' where `source` is no local path;
     `name` is a sub-folder or file.
 
@@ -144,7 +144,7 @@ def _list_repository(repo: str, folder: Path, hub: HubAccess) -> Iterable[str]:
     if not hub.local_files_only:
         try:
             return HfApi(token=hub.token).list_repo_files(repo, revision=hub.revision)
-        except Exception:  # noqa: BLE001, S110 - of either HTTP library; this makes a message better, no more
+        except Exception:
             pass
     return [path.relative_to(folder).as_posix() for path in sorted(folder.rglob("*")) if path.is_file()]
 
@@ -260,7 +260,9 @@ def find_release(name: str, id: str | None) -> tuple[str, str, SAEFacts] | None:
             groups = {**match.groupdict(), **of_id.groupdict(), "id": id}
             return _fill(entry, {key: value for key, value in groups.items() if value is not None})
     if found and name not in read_table():
-        raise ValueError(f"`name` must be an id of release '{name}', got {id!r}. Its ids are as `register_release` said.")
+        raise ValueError(
+            f"`name` must be an id of release '{name}', got {id!r}. Its ids are as `register_release` said."
+        )
     published = find_published(name, id)
     if published is None:
         return None

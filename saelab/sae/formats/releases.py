@@ -198,13 +198,14 @@ def list_releases(
     hook_point: str | None = None,
     d_sae: int | None = None,
 ) -> PublishedSAEs:
-    """Published SAEs that `SAE.from_pretrained(release, id)` finds by name, as SAELens names them; the Hub is not asked.
+    """Published SAEs that `SAE.from_pretrained(release, id)` finds, as SAELens names them; the Hub is not asked.
 
     Some are in formats that saelab does not read: `unread` says why. Releases of `register_release` are rules, and not
     listed.
 
     Args:
-        search: words that the names of release, SAE, model and repository must contain, in any case; None is all.
+        search: words that the names of release, SAE, model and repository must contain, in any case, or the whole
+            name of one release; None is all.
         model: Hub id of the model, or its last part; None is any.
         layer: layer of the hook point; None is any.
         hook_point: hook point that they read, or its end, such as "hook_resid_post"; None is any.
@@ -219,7 +220,7 @@ def list_releases(
     """
     words, wanted = (search or "").lower().split(), _find_model(model)
     found = []
-    for release in read_table():
+    for release in [search] if search in read_table() else read_table():
         for sae in _list(release).values():
             if wanted is not None and sae.model.lower() not in wanted:
                 break  # a release is of one model
