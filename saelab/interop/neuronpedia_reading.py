@@ -3,11 +3,11 @@
 import gzip
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from jaxtyping import Float
@@ -16,6 +16,8 @@ from saelab.functional.indices import FeatureIds, read_feature, read_features
 from saelab.labels.label import Label, read_entries
 from saelab.labels.label_store import LabelStore
 from saelab.stores.feature_store import FeatureStore
+
+Read = TypeVar("Read")
 
 
 @dataclass(frozen=True)
@@ -67,16 +69,19 @@ class NeuronpediaExport:
     @cached_property
     def features(self) -> dict[int, PublishedFeature]:
         """The features by number."""
-        return {one.feature: one for one in map(_read_feature, _read_lines(self.folder, "features"))}
+        return {one.feature: one for one in _read_lines(self.folder, "features", _read_feature)}
 
     def examples(self, features: FeatureIds | None = None) -> dict[int, list[PublishedExample]]:
         """The examples of some features, or of all, by number, those with the largest magnitudes first."""
         top = max(self.features, default=-1)
         wanted = set(self.features) if features is None else {*map(int, read_features(features, top + 1))}
         found: dict[int, list[PublishedExample]] = {j: [] for j in sorted(wanted)}
-        for row in _read_lines(self.folder, "activations"):
-            if (j := int(row["index"])) in wanted:
-                found[j].append(_read_example(j, row))
+
+        def read(row: dict[str, Any]) -> PublishedExample | None:
+            return _read_example(row) if int(row["index"]) in wanted else None
+
+        for one in filter(None, _read_lines(self.folder, "activations", read)):
+            found[one.feature].append(one)
         for windows in found.values():
             windows.sort(key=lambda one: -max(map(abs, one.values), default=0.0))
         return found
@@ -122,10 +127,10 @@ def read_neuronpedia(folder: str | Path) -> NeuronpediaExport:
 
 def _read_source(folder: Path) -> dict[str, Any]:
     file = folder / "source.jsonl"
-    rows = list(_parse(file)) if file.is_file() else []
-    first = rows or [row for _, row in zip(range(1), _read_lines(folder, "features"), strict=False)]
-    found = first[0] if first else {}
-    return found if rows else {"modelId": found.get("modelId"), "id": found.get("layer")}
+    if file.is_file():
+        return next(_parse(file, dict), {})
+    found = next(_read_lines(folder, "features", dict), {})
+    return {"modelId": found.get("modelId"), "id": found.get("layer")}
 
 
 def _files(folder: Path, kind: str) -> list[Path]:
@@ -133,13 +138,13 @@ def _files(folder: Path, kind: str) -> list[Path]:
     return sorted(found, key=lambda file: (len(file.name), file.name))
 
 
-def _read_lines(folder: Path, kind: str) -> Iterator[dict[str, Any]]:
+def _read_lines(folder: Path, kind: str, read: Callable[[dict[str, Any]], Read]) -> Iterator[Read]:
     for file in _files(folder, kind):
-        yield from _parse(file)
+        yield from _parse(file, read)
 
 
-def _parse(file: Path) -> Iterator[dict[str, Any]]:
-    """The records of a file of JSON lines; ValueError with the line that is none."""
+def _parse(file: Path, read: Callable[[dict[str, Any]], Read]) -> Iterator[Read]:
+    """What is read of each line of a file of JSON lines; ValueError with the line that is no record."""
     raw, number = file.read_bytes(), 0
     try:
         for line in (gzip.decompress(raw) if raw[:2] == b"\x1f\x8b" else raw).splitlines():
@@ -148,8 +153,8 @@ def _parse(file: Path) -> Iterator[dict[str, Any]]:
                 row = json.loads(line)
                 if not isinstance(row, dict) or ("index" in row and read_feature(int(row["index"])) < 0):
                     raise ValueError("no record of a feature")
-                yield row
-    except (ValueError, TypeError, EOFError, OSError, RecursionError) as error:
+                yield read(row)
+    except (ValueError, TypeError, LookupError, AttributeError, EOFError, OSError, RecursionError) as error:
         raise ValueError(f"{file} must hold JSON lines; its line {number} is none ({error}).") from None
 
 
@@ -175,8 +180,10 @@ def _pair(row: dict[str, Any], side: str) -> tuple[tuple[str, float], ...]:
     return tuple(zip(texts, map(float, row.get(f"{side}_values") or []), strict=False))
 
 
-def _read_example(j: int, row: dict[str, Any]) -> PublishedExample:
-    bounds = [row.get(name) for name in ("binMin", "binMax", "binContains")]
-    is_top = bounds[2] is None or bounds[2] < 0
-    low, high, share = (None, None, None) if is_top else bounds
-    return PublishedExample(j, tuple(row["tokens"]), tuple(map(float, row["values"])), low, high, share)
+def _read_example(row: dict[str, Any]) -> PublishedExample:
+    share = row.get("binContains")
+    is_top = share is None or share < 0
+    low, high, share = (
+        (None, None, None) if is_top else (float(row[name]) for name in ("binMin", "binMax", "binContains"))
+    )
+    return PublishedExample(int(row["index"]), tuple(row["tokens"]), tuple(map(float, row["values"])), low, high, share)

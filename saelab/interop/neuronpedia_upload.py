@@ -11,6 +11,7 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 from urllib.error import HTTPError, URLError
@@ -221,7 +222,7 @@ def upload(
         _make_batches(Dashboards.open(store, sae, model), source, about, left), len(left), progress
     ):
         if not dry_run:
-            server.send("feature/upload-batch", body, lambda last=batch[-1]["index"]: _is_there(server, source, last))
+            server.send("feature/upload-batch", body, partial(_is_there, server, source, batch[-1]["index"]))
             book.add([one["index"] for one in batch])
         counts["n_examples"] += sum(len(one["activations"]) for one in batch)
         counts["n_explanations"] += sum(len(one["explanations"]) for one in batch)

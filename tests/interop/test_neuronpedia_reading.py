@@ -80,7 +80,7 @@ def write(file: Path, rows: list[dict[str, Any]]) -> None:
 def test_wrong_folders_and_lines_are_told(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"`folder` must hold source\.jsonl"):
         read_neuronpedia(tmp_path)
-    for bad in (b'{"index": "1"}\n{"ind', b'{"index": "x"}\n', b'{"index": -1}\n', b"[1]\n", b"\x1f\x8bno"):
+    for bad in (b'{"index": "1"}\n{"ind', b'{"index": "x"}\n', b'{"index": -1}\n', b"[1]\n", b"{}\n", b"\x1f\x8bno"):
         (tmp_path / "features").mkdir(exist_ok=True)
         (tmp_path / "features/batch-0.jsonl").write_bytes(bad)
         with pytest.raises(ValueError, match=r"batch-0\.jsonl must hold JSON lines; its line \d is none"):

@@ -211,7 +211,7 @@ def test_the_converter_gets_vectors_and_labels(store: sl.FeatureStore, sae: sl.S
 @pytest.mark.parametrize(
     ("wrong", "said"),
     [
-        ({"visibility": "public"}, "`visibility` must be one of"),
+        ({"creator": ""}, "`creator` must be a name"),
         ({"creator_id": " "}, "`creator_id` must be a name"),
         ({"model_id": "../x"}, "`model_id` must be letters"),
     ],
