@@ -4,7 +4,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import groupby
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, SupportsIndex, TypeAlias
 
 import numpy as np
 import torch
@@ -14,14 +14,15 @@ from tqdm.auto import tqdm
 
 from saelab.functional.codes import SparseCodes
 from saelab.lm.conversations import Conversation, Messages
+from saelab.lm.documents import Row, keep_rows
 from saelab.lm.hooks import FORWARD_TOKENS, capture, norms_of, require_finite
 from saelab.lm.masks import TokenMask
-from saelab.lm.model_checks import Model, find_context, find_row
-from saelab.lm.tokenizers import spell
+from saelab.lm.model_checks import Model, find_context
+from saelab.lm.tokenizers import spell_rows
 from saelab.lm.tokens import Tokens, tokenize
 from saelab.sae.compatibility import Match, match_model, require_finite as require_finite_weights, require_threshold
 from saelab.sae.sae import SAE
-from saelab.stores.feature_names import FeatureNames, name_sides
+from saelab.stores.feature_names import FeatureNames, keep_names, name_sides, require_names
 from saelab.stores.jobs import hidden
 from saelab.stores.results import Result, format_table
 
@@ -80,7 +81,7 @@ class TextFeatures(Result):
     """where the model was read"""
     n_texts: int
     labels: FeatureNames | None = field(default=None, repr=False)
-    """what features are named by"""
+    """what features are named by: a copy of the names of those that fire"""
 
     @cached_property
     def _entries(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -97,7 +98,10 @@ class TextFeatures(Result):
     def __len__(self) -> int:
         return self.n_texts
 
-    def __getitem__(self, i: int) -> "TextFeatures":
+    def __getitem__(self, i: SupportsIndex) -> "TextFeatures":
+        if not isinstance(i, SupportsIndex):
+            raise TypeError(f"Text must be an integer, got {i!r}; for several write [found[i] for i in range(2)].")
+        i = int(i)
         if not -len(self) <= i < len(self):
             raise IndexError(f"Text must be in -{len(self)}..{len(self) - 1}, got {i}.")
         here = np.flatnonzero(self.text_ids == i % len(self))
@@ -175,7 +179,8 @@ class TextFeatures(Result):
         tokens = np.array(self.tokens, dtype=object)[token]
         names = [self._name(feature, code) for feature, code in zip(features.tolist(), z.tolist(), strict=True)]
         columns = (self.text_ids[token], self.positions[token], tokens, features, z, names)
-        return pandas.DataFrame(dict(zip(COLUMNS, columns, strict=True)))
+        table = pandas.DataFrame(dict(zip(COLUMNS, columns, strict=True)))
+        return table.astype({"token": str, "name": str})  # without rows as with some
 
     def to_dict(self) -> dict[str, Any]:
         """Texts as lists of tokens, each with its features, as JSON values."""
@@ -238,16 +243,24 @@ def read(
 
     Raises:
         ValueError: no text, a blank one or one longer than the model's context; a crosscoder; an SAE that was trained
-            on something else or has no threshold yet; activations that are not finite.
+            on something else or has no threshold yet; a norm rule in `mask` without a norm to compare with; activations
+            that are not finite.
+        TypeError: what holds no texts, such as a table, or no names.
 
     >>> model, sae = sl.lm.tiny_model(), sl.SAE(sl.SAEConfig(d_in=32, d_sae=64, activation=sl.TopK(k=2)))
     >>> found = read(sae, model, ["One", "Two cats"], hook_point="blocks.1.hook_out", progress=False)
     >>> len(found), found.tokens[:4], found.l0
     (2, ('<s>', 'O', 'n', 'e'), 2.0)
     """
+    require_names(labels)
     require_threshold(sae)
     require_finite_weights(sae)
     place = match_model(sae, model, hook_point, mask, allow_mismatch)
+    if mask is not None and mask.max_norm_ratio is not None and place.hook_point not in place.median_norms:
+        raise ValueError(
+            f"`mask` must have no norm rule here, got max_norm_ratio={mask.max_norm_ratio}: it compares with the "
+            "median norm that training with the same mask measured, and there is none. Leave it None."
+        )
     tokens = _tokenize(model, _list_texts(texts), bos)
     lengths = tokens.attention_mask.sum(1)
     kept = torch.zeros_like(tokens.ids, dtype=torch.bool)
@@ -268,55 +281,71 @@ def read(
     places, indices, values = (torch.cat(parts) for parts in zip(*found, strict=True))
     order = places.argsort(stable=True)
     ids = [tokens.ids[i, : lengths[i]].tolist() for i in range(len(tokens))]
-    words = [word for row in ids for word in _spell(model, row)]
     return TextFeatures(
         token_ids=tokens.ids[real].numpy(),
         text_ids=tokens.doc_ids[real].numpy(),
         positions=torch.arange(tokens.ctx_len).expand_as(real)[real].numpy(),
-        tokens=tuple(words),
+        tokens=tuple(_spell(model, ids)),
         kept=kept[real].numpy(),
         codes=SparseCodes.from_rows(indices[order], values[order], places[order], (int(real.sum()), sae.cfg.d_sae)),
         hook_point=place.hook_point,
         n_texts=len(tokens),
-        labels=labels,
+        labels=keep_names(labels, indices.unique().tolist()),
     )
 
 
-def _list_texts(texts: Any) -> list[Any]:
-    """Texts as a list, also of a single one."""
-    if isinstance(texts, Mapping | bytes | set | frozenset):
-        raise TypeError(f"`texts` must be a text or a list of texts, got {type(texts).__name__}; give a list.")
+def _list_texts(texts: Any) -> list[Row]:
+    """Texts as a list, also of a single one: strings, conversations and rows of token ids."""
+    if isinstance(texts, Mapping | bytes | set | frozenset) or hasattr(texts, "columns"):
+        advice = "give a list, such as one column of a table"
+        raise TypeError(f"`texts` must be a text or a list of texts, got {type(texts).__name__}; {advice}.")
     alone = isinstance(texts, str) or Conversation.find(texts) is not None
-    alone = alone or (isinstance(texts, Tensor | np.ndarray) and texts.ndim == 1 and texts.dtype != object)
+    is_array = isinstance(texts, Tensor | np.ndarray)
+    alone = alone or (is_array and texts.ndim == 1 and _holds_ids(texts))
+    if not alone and (not isinstance(texts, Iterable) or (is_array and texts.ndim == 0)):
+        raise TypeError(f"`texts` must be a text or a list of texts, got {type(texts).__name__}; give a list.")
     found = [texts] if alone else list(texts)
     if found and all(isinstance(one, int | np.integer) for one in found):
         found = [found]
     if not found:
         raise ValueError("`texts` must hold at least one text, got none.")
-    if blank := [i for i, one in enumerate(found) if isinstance(one, str) and not one.strip()]:
-        raise ValueError(f"A text must not be blank, text {blank[0]} is; to read BOS alone give its id.")
-    return found
+    rows = [list(keep_rows([(f"text {i}", one)], "text")) for i, one in enumerate(found)]
+    if blank := [i for i, row in enumerate(rows) if not row]:
+        raise ValueError(
+            f"A text must hold at least one token, text {blank[0]} is blank; to read BOS alone give its id."
+        )
+    return [row for (row,) in rows]
 
 
-def _tokenize(model: Model, texts: list[Any], bos: bool | None) -> Tokens:
+def _holds_ids(array: Tensor | np.ndarray) -> bool:
+    return isinstance(array, Tensor) or array.dtype.kind not in "OUT"
+
+
+def _tokenize(model: Model, texts: list[Row], bos: bool | None) -> Tokens:
     """A row for each text, padded to the longest; ValueError for one that does not fit the model's context."""
+    strings = [text for text in texts if isinstance(text, str)]
+    made = iter(_encode(model, strings, bos) if strings else ())
     rows: list[Any] = []
-    for i, text in enumerate(texts):
-        if isinstance(text, str):
-            made = tokenize(model, [text], find_row(model, text), packed=False, bos=bos, separator=None)
-            rows.append(made.ids[0, : made.n_tokens])
-        else:
-            conversation = Conversation.find(text)
-            rows.append(text if conversation is None else conversation.encode(model.tokenizer))
-            made = None
-        if (made is not None and made.n_truncated) or len(rows[-1]) > find_context(model):
+    for text in texts:
+        ids = text.encode(model.tokenizer) if isinstance(text, Conversation) else text
+        rows.append(next(made) if isinstance(ids, str) else ids)
+    longest = find_context(model)
+    for i, row in enumerate(rows):
+        if len(row) > longest:
             raise ValueError(
-                f"A text must fit the model's context of {find_context(model)} tokens, text {i} is longer. Split it or "
-                "use `harvest`, which packs documents into rows."
+                f"A text must fit the model's context of {longest} tokens, text {i} has {len(row)}. Split it or use "
+                "`harvest`, which packs documents into rows."
             )
-        if not len(rows[-1]):
+        if not len(row):
             raise ValueError(f"A text must have at least one token, text {i} has none.")
     return tokenize(model, rows, max(map(len, rows)), packed=False, bos=False, separator=None)
+
+
+def _encode(model: Model, strings: list[str], bos: bool | None) -> tuple[Tensor, ...]:
+    """Token ids of each string, all tokenized in one call: by itself each would cost several times as much."""
+    packed = tokenize(model, strings, find_context(model), bos=bos, separator=None)
+    owner = packed.doc_ids[packed.attention_mask]
+    return packed.ids[packed.attention_mask].split(owner.bincount(minlength=len(strings)).tolist())
 
 
 def _cut(tokens: Tokens, n: int) -> Tokens:
@@ -339,5 +368,7 @@ def _select(place: Match, batch: Tokens, x: Tensor) -> Tensor:
     return place.mask.apply(batch, norms_of(x).cpu(), median).keep
 
 
-def _spell(model: Model, ids: list[int]) -> tuple[str, ...]:
-    return spell(model.tokenizer, ids).words if model.tokenizer is not None else tuple(f"<{i}>" for i in ids)
+def _spell(model: Model, rows: list[list[int]]) -> list[str]:
+    if model.tokenizer is None:
+        return [f"<{i}>" for row in rows for i in row]
+    return [word for one in spell_rows(model.tokenizer, rows) for word in one.words]

@@ -55,7 +55,10 @@ def find_kind(path: str | os.PathLike[str]) -> tuple[Path, str]:
     suffix = Path(found.stem).suffix.lower() if packed else found.suffix.lower()
     if suffix in REFUSED:
         raise ValueError(f"A file of documents must be text, JSON, CSV or parquet, got '{found}'. {REFUSED[suffix]}")
-    return found, KINDS.get(suffix, "text")
+    kind = KINDS.get(suffix, "text")
+    if packed and kind == "parquet":
+        raise ValueError(f"A parquet file must not be compressed as a whole, got '{found}'. Unpack it first.")
+    return found, kind
 
 
 def open_rows(path: str | os.PathLike[str], separator: str | None, field: str) -> Iterator[tuple[str, Any]]:

@@ -231,6 +231,9 @@ def _read_prompts(model: Model, prompts: Prompts | Tensor, bos: bool | None) -> 
         texts = [read_text(model, row.tolist()) if tokenizer else "" for row in rows]
         return rows, texts
     given = list_prompts(prompts)
+    if other := [one for one in given if not isinstance(one, str | Conversation)]:
+        advice = "Give token ids alone, as a tensor (n_prompts, n)."
+        raise TypeError(f"Prompts must be texts or conversations, got {type(other[0]).__name__}. {advice}")
     texts = [one.write(tokenizer, reply=True) if isinstance(one, Conversation) else one for one in given]
     if bad := [i for i, text in enumerate(texts) if not text.strip()]:
         raise ValueError(f"A prompt must hold text, prompt {bad[0]} is blank; to start from BOS alone give its id.")

@@ -164,8 +164,19 @@ def spell(tokenizer: Any, token_ids: Sequence[int]) -> Spelling:
     >>> spell(tokenizer, tokenizer("né")["input_ids"]).words
     ('<s>', 'n', 'é', '')
     """
-    known = token_bytes(tokenizer, token_ids)
-    return Spelling([known[i] or f"<{i}>".encode() for i in map(int, token_ids)])
+    return spell_rows(tokenizer, [token_ids])[0]
+
+
+def spell_rows(tokenizer: Any, rows: Iterable[Sequence[int]]) -> list[Spelling]:
+    """`spell` of each of several rows, in which every distinct token is decoded once.
+
+    >>> tokenizer = sl.lm.tiny_model().tokenizer
+    >>> [row.text for row in spell_rows(tokenizer, [tokenizer("né")["input_ids"], [72]])]
+    ['<s>né', 'f']
+    """
+    rows = [[int(i) for i in row] for row in rows]
+    known = token_bytes(tokenizer, {i for row in rows for i in row})
+    return [Spelling([known[i] or f"<{i}>".encode() for i in row]) for row in rows]
 
 
 def find_token_id(tokenizer: Any, text: str) -> int:

@@ -1,6 +1,7 @@
 """`name_sides`: the texts by which features are shown, from a mapping or a label store."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol, TypeAlias, runtime_checkable
 
 NEGATIVE = "\u2212 "
@@ -17,6 +18,41 @@ class LabelSource(Protocol):
 
 FeatureNames: TypeAlias = Mapping[int, str] | LabelSource
 """texts by feature, or a label store"""
+
+
+@dataclass(frozen=True)
+class _KeptLabels:
+    """Labels as they were when a store was read."""
+
+    rows: tuple[Any, ...]
+
+    def shown(self, features: Iterable[int] | None = None) -> Sequence[Any]:
+        wanted = None if features is None else set(features)
+        return [row for row in self.rows if wanted is None or row.feature in wanted]
+
+
+def require_names(labels: Any) -> None:
+    """Raise TypeError for what names no features, such as the path of a store."""
+    if labels is not None and not isinstance(labels, Mapping | LabelSource):
+        raise TypeError(
+            "`labels` must be a dictionary of texts by feature or a label store, got "
+            f"{type(labels).__name__}; open a store with saelab.labels.LabelStore.open(path)."
+        )
+
+
+def keep_names(labels: FeatureNames | None, features: Iterable[int]) -> FeatureNames | None:
+    """A copy of the names of some features, which stays as it is when a store is closed or a dictionary changes.
+
+    >>> keep_names({3: "fruit", 4: "car"}, [3])
+    {3: 'fruit'}
+    """
+    wanted = sorted({int(feature) for feature in features})
+    if labels is None:
+        return None
+    if isinstance(labels, Mapping):
+        named = {int(feature): text for feature, text in labels.items()}
+        return {feature: named[feature] for feature in wanted if feature in named}
+    return _KeptLabels(tuple(labels.shown(wanted)))
 
 
 def name_sides(labels: FeatureNames | None, features: Iterable[int]) -> Callable[[int, float | int], str]:

@@ -6,9 +6,11 @@ import numpy as np
 import pandas
 import pytest
 import torch
+from unchecked import unchecked
 
 import saelab as sl
 from saelab.analysis import read
+from saelab.lm.model_checks import find_context
 from saelab.visualization.feature_cards import draw_texts
 
 POINT = "blocks.1.hook_resid_post"
@@ -86,6 +88,9 @@ def test_names_are_of_the_sign_that_fires(tiny, signed_sae, signed_store, tmp_pa
         book.set(0, "both", sign=0, author="me")
         found = read(signed_sae, tiny, TEXTS, hook_point=POINT, labels=book, progress=False)
         frame = found.to_pandas()
+    assert found.to_pandas().equals(frame)  # the store is closed
+    assert found[0].to_pandas().equals(frame[frame["text"] == 0])
+    assert "up" in str(found) and "up" in found._repr_html_()
     for row in frame.itertuples():
         if row.value > 0:
             assert row.name == f"up {row.feature}"
@@ -156,6 +161,67 @@ def test_what_is_no_text_is_refused(tiny, signed_sae, texts, said):
         read(signed_sae, tiny, texts, hook_point=POINT, progress=False)
 
 
+@pytest.mark.parametrize(
+    ("texts", "said"),
+    [
+        (pandas.DataFrame({"text": ["One"]}), "column of a table"),  # iterating would give names of columns
+        (None, "a text or a list"),
+        (["One", None], "NoneType at text 1"),
+        (["One", b"two"], "bytes at text 1"),
+        (torch.tensor([0.0, 1.0]), "at text 0"),
+    ],
+)
+def test_what_holds_no_texts_is_refused(tiny, signed_sae, texts, said):
+    with unchecked(), pytest.raises(TypeError, match=said):
+        read(signed_sae, tiny, texts, hook_point=POINT, progress=False)
+
+
+def test_arrays_columns_and_rows_hold_texts(tiny, signed_sae):
+    ids = read(signed_sae, tiny, ["One", "Two cats"], hook_point=POINT, progress=False).token_ids.tolist()
+    several = (
+        np.array(["One", "Two cats"]),
+        pandas.Series(["One", "Two cats"], index=[7, 9]),
+        [{"text": "One"}, {"text": "Two cats"}],  # rows of a data set
+        (text for text in ("One", "Two cats")),
+    )
+    for given in several:
+        assert read(signed_sae, tiny, given, hook_point=POINT, progress=False).token_ids.tolist() == ids
+
+
+@pytest.mark.parametrize("labels", [["one"], "runs/store"])
+def test_what_names_no_features_is_refused(tiny, signed_sae, labels):
+    with unchecked(), pytest.raises(TypeError, match="LabelStore"):
+        read(signed_sae, tiny, "One", hook_point=POINT, labels=labels, progress=False)
+
+
+def test_kinds_of_text_stay_in_order_among_each_other(chat, signed_sae):
+    messages, ids = [{"role": "user", "content": "Hi"}], [5, 6]
+    given = ["One", ids, messages, "Two"]
+    found = read(signed_sae, chat, given, hook_point=POINT, progress=False)
+    for one, text in zip(found, given, strict=True):
+        alone = read(signed_sae, chat, [text], hook_point=POINT, progress=False)
+        assert one.token_ids.tolist() == alone.token_ids.tolist() and one.tokens == alone.tokens
+    assert found[1].token_ids.tolist() == ids
+
+
+def test_a_text_may_fill_the_context(tiny, signed_sae):
+    n = find_context(tiny)
+    for given in ("a" * (n - 1), [3] * n):
+        assert len(read(signed_sae, tiny, ["One", given], hook_point=POINT, progress=False)[1].tokens) == n
+    for given in ("a" * n, [3] * (n + 1)):
+        with pytest.raises(ValueError, match=f"text 1 has {n + 1}"):
+            read(signed_sae, tiny, ["One", given], hook_point=POINT, progress=False)
+
+
+def test_texts_are_tokenized_together(tiny, signed_sae, monkeypatch):
+    from saelab.analysis import text_features
+
+    calls = []
+    monkeypatch.setattr(text_features, "tokenize", lambda *args, **kw: calls.append(1) or sl.tokenize(*args, **kw))
+    read(signed_sae, tiny, ["One", "Two", "Three"] * 20, hook_point=POINT, progress=False)
+    assert len(calls) == 2  # all strings, and the rows
+
+
 def test_other_types_and_other_models_are_refused(tiny, signed_sae, signed_store):
     with pytest.raises(TypeError, match="a text or a list"):
         read(signed_sae, tiny, {"text": "one"}, hook_point=POINT, progress=False)
@@ -163,5 +229,18 @@ def test_other_types_and_other_models_are_refused(tiny, signed_sae, signed_store
         read(signed_sae, tiny, [{"role": "user", "content": "Hi"}], hook_point=POINT, progress=False)
     with pytest.raises(ValueError, match="hook_point"):
         read(signed_sae, tiny, "One", progress=False)
+    with unchecked(), pytest.raises(TypeError, match="must be an integer"):
+        _ = read(signed_sae, tiny, "One", hook_point=POINT, progress=False)[:1]
     with pytest.raises(IndexError, match="Text must be"):
         _ = read(signed_sae, tiny, "One", hook_point=POINT, progress=False)[1]
+
+
+def test_a_norm_rule_that_cannot_apply_is_refused(tiny, signed_sae):
+    with pytest.raises(ValueError, match="median norm"):
+        read(signed_sae, tiny, "One", hook_point=POINT, mask=sl.TokenMask(max_norm_ratio=2.0), progress=False)
+
+
+def test_a_table_without_firings_has_the_same_columns(tiny, signed_sae):
+    some = read(signed_sae, tiny, "One", hook_point=POINT, progress=False).to_pandas()
+    none = read(signed_sae, tiny, [0], hook_point=POINT, progress=False).to_pandas()  # BOS alone
+    assert len(none) == 0 and none.dtypes.to_dict() == some.iloc[:0].dtypes.to_dict()

@@ -4,6 +4,7 @@ import numpy as np
 import pandas
 import pytest
 import torch
+from unchecked import unchecked
 
 import saelab as sl
 from saelab.lm.conversations import Conversation
@@ -110,3 +111,9 @@ def test_what_cannot_be_is_said(tiny, chat):
         sl.tokenize(chat, [[{"content": "x"}]])
     with pytest.raises(TypeError, match="got a conversation"):
         list(sl.lm.documents.read_documents([HI]))
+
+
+@pytest.mark.parametrize("prompts", [["One", [0, 5]], [HI, None], [[]]])
+def test_prompts_that_are_no_texts_are_refused(chat, prompts):
+    with unchecked(), pytest.raises(TypeError, match="texts or conversations, got"):
+        sl.generate(chat, prompts, 2, progress=False)

@@ -180,6 +180,7 @@ def test_files_that_are_no_text_are_named(tmp_path: Path) -> None:
         ("cut.jsonl.zst", pack_zstd(b'{"text": "one"}\n' * 99)[:-5], "whole"),
         ("no.txt.zst", b"plain", "whole"),
         ("a.parquet", b"PAR1", "whole"),
+        ("a.parquet.zst", pack_zstd(b"PAR1"), "as a whole"),
         ("a.zip", b"PK", "Unpack"),
         ("a.json", b"[1, 2", "one JSON value"),
     ]:
