@@ -300,9 +300,9 @@ def _list_texts(texts: Any) -> list[Row]:
         advice = "give a list, such as one column of a table"
         raise TypeError(f"`texts` must be a text or a list of texts, got {type(texts).__name__}; {advice}.")
     alone = isinstance(texts, str) or Conversation.find(texts) is not None
-    is_array = isinstance(texts, Tensor | np.ndarray)
-    alone = alone or (is_array and texts.ndim == 1 and _holds_ids(texts))
-    if not alone and (not isinstance(texts, Iterable) or (is_array and texts.ndim == 0)):
+    n_axes = texts.ndim if isinstance(texts, Tensor | np.ndarray) else None
+    alone = alone or (n_axes == 1 and _holds_ids(texts))
+    if not alone and (not isinstance(texts, Iterable) or n_axes == 0):
         raise TypeError(f"`texts` must be a text or a list of texts, got {type(texts).__name__}; give a list.")
     found = [texts] if alone else list(texts)
     if found and all(isinstance(one, int | np.integer) for one in found):
