@@ -11,7 +11,7 @@ from jaxtyping import Float
 from saelab.circuits.graph import NodeTable
 from saelab.circuits.linear_effects import BIAS, HALF_TOLERANCE, TOLERANCE, LinearEffects, read_written
 from saelab.circuits.placement import Dictionaries, find_stack, place_dictionaries
-from saelab.interventions.prompt_metrics import Prompt, read_texts
+from saelab.interventions.prompt_metrics import Prompt, read_one_text
 from saelab.lm.hook_points import hook_points_of
 from saelab.lm.model_checks import Model
 from saelab.stores.results import format_table
@@ -163,9 +163,7 @@ def attention_score(
     placement = place_dictionaries(
         model, transcoders, allow_missing=allow_missing, allow_mismatch=allow_mismatch, below=target.layer
     )
-    texts = read_texts(model, prompt)
-    if len(texts) != 1:
-        raise ValueError(f"`prompt` must be one text, got {len(texts)}.")
+    texts = read_one_text(model, prompt)
     target = target.place(int(texts.lengths[0]))
     effects = LinearEffects.make(model, texts.ids, read_written(model, texts.ids, placement), attention=attention)
     split = ScoreSplit.make(model, effects, target)

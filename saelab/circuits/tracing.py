@@ -25,7 +25,7 @@ from saelab.circuits.linear_effects import (
     read_written,
 )
 from saelab.circuits.placement import Dictionaries, place_dictionaries
-from saelab.interventions.prompt_metrics import Prompt, Texts, find_token, read_texts
+from saelab.interventions.prompt_metrics import Prompt, Texts, find_token, read_one_text
 from saelab.lm.model_checks import Model
 from saelab.lm.models import describe_model
 from saelab.lm.tokenizers import token_strings
@@ -99,9 +99,7 @@ def trace(
         model, transcoders, allow_missing=allow_missing, allow_mismatch=allow_mismatch, below=below
     )
     points = [one.write for one in placement.dictionaries]
-    texts = read_texts(model, prompt)
-    if len(texts) != 1:
-        raise ValueError(f"`prompt` must be one text, got {len(texts)}.")
+    texts = read_one_text(model, prompt)
     wanted = _read_targets(model, targets, points, texts)
     attention = find_attention(model, wanted) if isinstance(wanted, ScoreTarget) else None
     written = read_written(model, texts.ids, placement)

@@ -19,7 +19,7 @@ from saelab.functional.indices import permute_within
 from saelab.functional.statistics import correlation, rank_correlation
 from saelab.interventions.edited_runs import EditedRuns
 from saelab.interventions.interventions import TokenSelection
-from saelab.interventions.prompt_metrics import Metric, Prompt, Texts, make_prompt_metric, read_texts
+from saelab.interventions.prompt_metrics import Metric, Prompt, Texts, make_prompt_metric, read_one_text
 from saelab.lm.hooks import capture
 from saelab.lm.model_checks import Model
 from saelab.lm.relevance import RelevanceMethod, require_rules
@@ -302,7 +302,7 @@ def attribute(
     ((20,), (6,))
     """
     _require(method, baseline, n_steps, sae)
-    texts, outcome = read_texts(model, prompt), make_prompt_metric(model, metric)
+    texts, outcome = read_one_text(model, prompt), make_prompt_metric(model, metric)
     runs = EditedRuns(model, texts, outcome)
     point = runs.match(sae, hook_point, allow_mismatch)
     scene = Scene(runs, point, capture(model, texts.ids, [point])[point][0].float())
@@ -439,7 +439,8 @@ def _read_other(scene: Scene, counterfactual: Prompt | None) -> Float[Tensor, "n
     """Activations of the counterfactual prompt."""
     if counterfactual is None:
         return None
-    model, texts = scene.runs.model, read_texts(scene.runs.model, counterfactual)
+    model = scene.runs.model
+    texts = read_one_text(model, counterfactual, "counterfactual")
     require_aligned(scene.runs.texts, texts)
     return capture(model, texts.ids, [scene.hook_point])[scene.hook_point][0].float()
 

@@ -13,7 +13,7 @@ from saelab.functional.indices import FeatureIds, read_features
 from saelab.interventions.attribution import require_aligned, require_autoencoder
 from saelab.interventions.directions import Direction, Subspace, as_subspace
 from saelab.interventions.edited_runs import EditedRuns
-from saelab.interventions.prompt_metrics import Metric, Prompt, Texts, make_prompt_metric, read_texts
+from saelab.interventions.prompt_metrics import Metric, Prompt, Texts, make_prompt_metric, read_one_text
 from saelab.lm.hooks import capture
 from saelab.lm.model_checks import Model
 from saelab.sae.sae import SAE
@@ -125,7 +125,7 @@ def patch(
     >>> found.scores.shape, float(found.scores[2, -1].round(4))
     ((3, 10), 1.0)
     """
-    ours, theirs = read_texts(model, clean), read_texts(model, corrupt)
+    ours, theirs = read_one_text(model, clean, "clean"), read_one_text(model, corrupt, "corrupt")
     require_aligned(ours, theirs)
     outcome = make_prompt_metric(model, metric)
     before, runs = (EditedRuns(model, texts, outcome) for texts in (ours, theirs))

@@ -76,6 +76,14 @@ def read_texts(model: Model, prompts: Prompt | Sequence[Prompt] | Tokens) -> Tex
     return Texts(torch.nn.utils.rnn.pad_sequence(rows, batch_first=True), lengths)
 
 
+def read_one_text(model: Model, prompt: Prompt, name: str = "prompt") -> Texts:
+    """A prompt as one row of token ids; ValueError for several, and as `read_texts`. `name` is the argument's."""
+    texts = read_texts(model, prompt)
+    if len(texts) != 1:
+        raise ValueError(f"`{name}` must be one text, got {len(texts)}; give them one by one.")
+    return texts
+
+
 def _read_prompt(model: Model, prompt: Prompt) -> Int[Tensor, "n"]:
     if isinstance(prompt, Tensor) and prompt.ndim == 1 and not prompt.is_floating_point():
         return prompt.long().cpu()

@@ -233,7 +233,8 @@ def _read_row(row: Any, field: str, where: str) -> Row:
     seen = None
     if isinstance(row, Mapping):
         if field not in row:
-            advice = "Put a conversation into a list." if "role" in row else format_columns(field, row)
+            is_message = isinstance(row.get("role"), str)
+            advice = "Put a conversation into a list." if is_message else format_columns(field, row)
             raise ValueError(f"Every row must have the field {field!r}, got none at {where}. {advice}")
         seen = row.get(MASK) if field == IDS else None
         row = row[field]

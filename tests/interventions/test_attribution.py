@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import jaxtyping
 import numpy as np
 import pytest
 import torch
@@ -358,3 +359,15 @@ def test_a_file_of_something_else_is_refused_by_name(tiny: Any, tmp_path: Path, 
     with pytest.raises(ValueError, match=said) as error:
         sl.interventions.Attribution.load(tmp_path / "a.json")
     assert "a.json" in str(error.value)
+
+
+@pytest.mark.parametrize("prompts", [["One", "Two"], [torch.tensor([0, 70]), torch.tensor([0, 71])]])
+def test_several_prompts_are_refused_rather_than_one_of_them_taken(prompts, tiny, signed_sae, monkeypatch):
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # the check of types, which users do not have
+    point = "blocks.1.hook_resid_post"
+    with pytest.raises(ValueError, match="`prompt` must be one text, got 2"):
+        sl.interventions.attribute(tiny, signed_sae, prompts, "a", hook_point=point, progress=False)
+    with pytest.raises(ValueError, match="`counterfactual` must be one text, got 2"):
+        sl.interventions.attribute(tiny, signed_sae, "One", "a", hook_point=point, counterfactual=prompts)
+    with pytest.raises(ValueError, match="`corrupt` must be one text, got 2"):
+        sl.interventions.patch(tiny, "One", prompts, ("A", "T"))
