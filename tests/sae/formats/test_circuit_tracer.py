@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+import foreign
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -200,3 +201,21 @@ def test_a_folder_of_theirs_is_no_sae(tmp_path: Path) -> None:
     write(tmp_path, jumps=False)
     with pytest.raises(ValueError, match=r"CLT\.from_pretrained"):
         sl.SAE.from_pretrained(tmp_path)
+
+
+def test_a_layers_file_knows_its_place_and_refuses_negative_codes(tmp_path):
+    made = foreign.circuit_tracer(tmp_path, jump=True, skip=True)
+    sae = foreign.load(tmp_path, made)
+    assert sae.provenance.model == "some/model" and sae.cfg.skip
+    assert (sae.provenance.hook_point, sae.provenance.hook_point_out) == (
+        "blocks.3.mlp.hook_in",
+        "blocks.3.hook_mlp_out",
+    )
+    (tmp_path / "config.yaml").unlink()
+    alone = sl.SAE.from_pretrained(tmp_path, made.file, model="m", hook_point="a", hook_point_out="b")
+    assert alone.provenance.hook_point == "a"
+    held = load_file(tmp_path / made.file)
+    held["activation_function.threshold"][2] = -0.5
+    save_file(held, tmp_path / made.file)
+    with pytest.raises(ValueError, match=r"Thresholds in .*layer_3.* at least 0, got -0.5"):
+        foreign.load(tmp_path, made)
