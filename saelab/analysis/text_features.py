@@ -263,35 +263,32 @@ def read(
             f"`mask` must have no norm rule here, got max_norm_ratio={mask.max_norm_ratio}: it compares with the "
             "median norm that training with the same mask measured, and there is none. Leave it None."
         )
-    tokens = _tokenize(model, _list_texts(texts), bos)
-    lengths = tokens.attention_mask.sum(1)
-    kept = torch.zeros_like(tokens.ids, dtype=torch.bool)
-    real = tokens.attention_mask
-    numbers = torch.full_like(tokens.ids, -1, dtype=torch.long)
-    numbers[real] = torch.arange(int(real.sum()))
-    found: list[tuple[Tensor, Tensor, Tensor]] = []
-    with tqdm(total=int(lengths.sum()), unit="token", desc="read", delay=2, disable=hidden(progress)) as bar:
-        for rows in _find_batches(lengths):
-            batch = _cut(tokens[rows], int(lengths[rows[0]]))
+    rows = _encode_texts(model, _list_texts(texts), bos)
+    lengths = [len(row) for row in rows]
+    starts = np.cumsum([0, *lengths])
+    kept, found = torch.zeros(int(starts[-1]), dtype=torch.bool), []
+    with tqdm(total=len(kept), unit="token", desc="read", delay=2, disable=hidden(progress)) as bar:
+        for own in _find_batches(lengths):
+            batch = tokenize(model, [rows[i] for i in own], lengths[own[0]], packed=False, bos=False, separator=None)
             x = capture(model, batch.ids.long(), [place.hook_point])[place.hook_point]
-            kept[rows, : batch.ctx_len] = keep = _select(place, batch, x)
+            keep = _select(place, batch, x)
             require_finite(place.hook_point, x[keep.to(x.device)])
             codes = sae.encode_sparse(x[keep.to(x.device)].to(sae.device))
-            places = numbers[rows, : batch.ctx_len][keep][codes.rows.cpu()]
-            found.append((places, codes.indices.cpu(), codes.values.float().cpu()))
+            numbers = torch.from_numpy(starts[own])[:, None] + torch.arange(batch.ctx_len)
+            kept[numbers[keep]] = True
+            found.append((numbers[keep][codes.rows.cpu()], codes.indices.cpu(), codes.values.float().cpu()))
             bar.update(batch.n_tokens)
     places, indices, values = (torch.cat(parts) for parts in zip(*found, strict=True))
     order = places.argsort(stable=True)
-    ids = [tokens.ids[i, : lengths[i]].tolist() for i in range(len(tokens))]
     return TextFeatures(
-        token_ids=tokens.ids[real].numpy(),
-        text_ids=tokens.doc_ids[real].numpy(),
-        positions=torch.arange(tokens.ctx_len).expand_as(real)[real].numpy(),
-        tokens=tuple(_spell(model, ids)),
-        kept=kept[real].numpy(),
-        codes=SparseCodes.from_rows(indices[order], values[order], places[order], (int(real.sum()), sae.cfg.d_sae)),
+        token_ids=np.concatenate(rows),
+        text_ids=np.repeat(np.arange(len(rows)), lengths),
+        positions=np.concatenate([np.arange(length) for length in lengths]),
+        tokens=tuple(_spell(model, [row.tolist() for row in rows])),
+        kept=kept.numpy(),
+        codes=SparseCodes.from_rows(indices[order], values[order], places[order], (len(kept), sae.cfg.d_sae)),
         hook_point=place.hook_point,
-        n_texts=len(tokens),
+        n_texts=len(rows),
         labels=keep_names(labels, indices.unique().tolist()),
     )
 
@@ -302,8 +299,8 @@ def _require_own(labels: FeatureNames | None, sae: SAE) -> None:
     made = [sae_fingerprint(one) for one in (sae, *(sae.whole or ()))] if recorded else [""]
     if recorded not in made:
         raise ValueError(
-            f"`labels` must be of this SAE's features, got those of another (fingerprint {recorded}, this is {made[0]}). "
-            "Give the labels of a store that was harvested with it."
+            f"`labels` must be of this SAE's features, got those of another ({recorded}, not {made[0]}). Give the "
+            "labels of a store that was harvested with it."
         )
 
 
@@ -334,14 +331,14 @@ def _holds_ids(array: Tensor | np.ndarray) -> bool:
     return isinstance(array, Tensor) or array.dtype.kind not in "OUT"
 
 
-def _tokenize(model: Model, texts: list[Row], bos: bool | None) -> Tokens:
-    """A row for each text, padded to the longest; ValueError for one that does not fit the model's context."""
+def _encode_texts(model: Model, texts: list[Row], bos: bool | None) -> list[np.ndarray]:
+    """Token ids of each text; ValueError for one that is empty or does not fit the model's context."""
     strings = [text for text in texts if isinstance(text, str)]
     made = iter(_encode(model, strings, bos) if strings else ())
-    rows: list[Any] = []
+    rows: list[np.ndarray] = []
     for text in texts:
         ids = text.encode(model.tokenizer) if isinstance(text, Conversation) else text
-        rows.append(next(made) if isinstance(ids, str) else ids)
+        rows.append(np.asarray(next(made) if isinstance(ids, str) else ids, np.int64))
     longest = find_context(model)
     for i, row in enumerate(rows):
         if len(row) > longest:
@@ -351,7 +348,7 @@ def _tokenize(model: Model, texts: list[Row], bos: bool | None) -> Tokens:
             )
         if not len(row):
             raise ValueError(f"A text must have at least one token, text {i} has none.")
-    return tokenize(model, rows, max(map(len, rows)), packed=False, bos=False, separator=None)
+    return rows
 
 
 def _encode(model: Model, strings: list[str], bos: bool | None) -> tuple[Tensor, ...]:
@@ -361,14 +358,10 @@ def _encode(model: Model, strings: list[str], bos: bool | None) -> tuple[Tensor,
     return packed.ids[packed.attention_mask].split(owner.bincount(minlength=len(strings)).tolist())
 
 
-def _cut(tokens: Tokens, n: int) -> Tokens:
-    return replace(tokens, ids=tokens.ids[:, :n], doc_ids=tokens.doc_ids[:, :n])
-
-
-def _find_batches(lengths: Int[Tensor, "n_texts"]) -> Iterator[list[int]]:
+def _find_batches(lengths: Sequence[int]) -> Iterator[list[int]]:
     """Texts in batches of equal length, the shortest first."""
-    order = sorted(range(len(lengths)), key=lambda i: int(lengths[i]))
-    for length, part in groupby(order, key=lambda i: int(lengths[i])):
+    order = sorted(range(len(lengths)), key=lengths.__getitem__)
+    for length, part in groupby(order, key=lengths.__getitem__):
         rows, size = list(part), max(1, FORWARD_TOKENS // length)
         yield from (rows[first : first + size] for first in range(0, len(rows), size))
 

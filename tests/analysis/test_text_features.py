@@ -219,7 +219,7 @@ def test_texts_are_tokenized_together(tiny, signed_sae, monkeypatch):
     calls = []
     monkeypatch.setattr(text_features, "tokenize", lambda *args, **kw: calls.append(1) or sl.tokenize(*args, **kw))
     read(signed_sae, tiny, ["One", "Two", "Three"] * 20, hook_point=POINT, progress=False)
-    assert len(calls) == 2  # all strings, and the rows
+    assert len(calls) == 3  # all strings, and the rows of each of two lengths
 
 
 def test_other_types_and_other_models_are_refused(tiny, signed_sae, signed_store):
