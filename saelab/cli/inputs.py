@@ -6,7 +6,7 @@ Collecting reads documents from the start of a text, evaluating from its end.
 import re
 import tempfile
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from datetime import timedelta
@@ -242,6 +242,15 @@ def open_placed(
     """The SAE, the model, and the place of the one in the other."""
     coder, lm = open_pair(sae, model, device, progress)
     return coder, lm, match_model(coder, lm, hook_point, None, allow_mismatch).hook_point
+
+
+def as_messages(texts: Sequence[str]) -> list[list[dict[str, str]]]:
+    """Each text as a conversation of one message, the user's.
+
+    >>> as_messages(["Hi"])
+    [[{'role': 'user', 'content': 'Hi'}]]
+    """
+    return [[{"role": "user", "content": text}] for text in texts]
 
 
 def read_concept(model: Model, words: str, first_token: bool) -> TokenConcept:

@@ -104,6 +104,7 @@ Separator = Annotated[
     str, Option(help="Line that ends a document in a text file; '' makes every line a document.", metavar="LINE")
 ]
 Bos = Annotated[bool, Option("--bos/--no-bos", help="Put the model's BOS token before every document, or not.")]
+Chat = Annotated[bool, Option("--chat", help="Read each text as a user's message, in the tokenizer's chat template.")]
 Device = Annotated[
     str | None,
     Option(

@@ -23,9 +23,7 @@ def read_texts(
             help="Feature store whose labels name features.", metavar="STORE", show_default="features have no names"
         ),
     ] = None,
-    chat: Annotated[
-        bool, Option("--chat", help="Read each text as a user's message, in the tokenizer's chat template.")
-    ] = False,
+    chat: options.Chat = False,
     hook_point: str | None = None,
     bos: options.Bos = True,
     allow_mismatch: options.AllowMismatch = False,
@@ -40,14 +38,14 @@ def read_texts(
     from contextlib import ExitStack
 
     from saelab.analysis.text_features import read
-    from saelab.cli.inputs import open_pair
+    from saelab.cli.inputs import as_messages, open_pair
     from saelab.collecting.harvesting import require_harvested
     from saelab.labels.label_store import LabelStore
     from saelab.stores.feature_store import FeatureStore
     from saelab.stores.files import to_json
 
     coder, lm = open_pair(sae, model, device, progress)
-    texts = [[{"role": "user", "content": one}] for one in text] if chat else list(text)
+    texts = as_messages(text) if chat else list(text)
     with ExitStack() as stack:
         names = None
         if labels is not None:

@@ -54,6 +54,7 @@ def steer_prompts(
     top_k: TopKTokens = SAMPLING.top_k,
     top_p: TopP = SAMPLING.top_p,
     seed: options.Count = GENERATE.seed,
+    chat: options.Chat = False,
     json: options.AsJSON = False,
     html: Annotated[
         Path | None, Option(help="Page for the texts, colored.", metavar="FILE", show_default="none")
@@ -66,7 +67,7 @@ def steer_prompts(
 
     Perplexities and KL measure the cost.
     """
-    from saelab.cli.inputs import open_placed
+    from saelab.cli.inputs import as_messages, open_placed
     from saelab.interventions.interventions import Intervention
     from saelab.lm.generation import SamplingConfig
     from saelab.steering.text_comparison import compare_generations
@@ -83,9 +84,8 @@ def steer_prompts(
     how: dict[str, Any] = {"mode": mode, "where": where, "unit": unit, "store": peaks}
     intervention = Intervention(coder, moved, **how, hook_point=place, allow_mismatch=allow_mismatch)
     sampling = SamplingConfig(temperature=temperature, top_k=top_k, top_p=top_p)
-    found = compare_generations(
-        lm, intervention, prompts, n_tokens, n=n, seed=seed, sampling=sampling, progress=progress
-    )
+    texts = as_messages(prompts) if chat else prompts
+    found = compare_generations(lm, intervention, texts, n_tokens, n=n, seed=seed, sampling=sampling, progress=progress)
     echo(to_json(found.to_dict()) if json else str(found))
     if html is not None:
         write_atomic(html, show_generations(found).encode())

@@ -101,6 +101,7 @@ def test_without_a_text_the_models_own_is_read(folders, live, monkeypatch, capsy
         (["steer", "{sae}", "tiny", "One", "--feature", "1", "--mode", "up"], "`mode` must be one of"),
         (["steer", "{sae}", "tiny", "One", "--feature", "1", "--strength", "1", "--strength", "2"], "got 2 for 1"),
         (["steer", "{sae}", "tiny", " ", "--feature", "1"], "A prompt must hold text"),
+        (["steer", "{sae}", "tiny", "One", "--feature", "1", "--chat"], "a tokenizer with a chat template"),
         (["steer", "{sae}", "./nowhere", "One", "--feature", "1"], "existing folder or a Hub id"),
         (["steer", "{placeless}", "tiny", "One", "--feature", "1"], "`hook_point` must be given"),
         (["steer", "{sae}", "tales", "One", "--feature", "1"], "or pass --allow-mismatch"),
@@ -145,3 +146,10 @@ def test_features_of_tales_move_its_concepts(capsys, tmp_path) -> None:
     below, above = json.loads((tmp_path / "curve.json").read_text())["rows"][1:]
     assert above["selectivity"]["value"] > 0.3 > -0.3 > below["selectivity"]["value"]
     assert "hot against cold" in capsys.readouterr().out
+
+
+def test_prompts_are_a_users_messages(folders, tiny, capsys, monkeypatch) -> None:
+    template = "{% for m in messages %}[{{ m['role'] }}] {{ m['content'] }}|{% endfor %}"
+    monkeypatch.setattr(tiny.tokenizer, "chat_template", template)
+    assert dispatch(["steer", folders["sae"], "tiny", "One", "--feature", "1", "--chat", "--json", *SHORT]) == 0
+    assert json.loads(capsys.readouterr().out)["rows"][0]["prompt"] == "[user] One|"
