@@ -83,7 +83,9 @@ class Server:
         if parts.scheme != "https" and not (parts.scheme == "http" and local):
             raise ValueError(f"`url` must begin with https://, or be of this machine, got {parts.scheme}://.")
         if not parts.hostname or parts.query or parts.fragment or "@" in parts.netloc:
-            raise ValueError("`url` must be the address of a server, such as https://www.neuronpedia.org, got other parts.")
+            raise ValueError(
+                "`url` must be the address of a server, such as https://www.neuronpedia.org, got other parts."
+            )
 
     def ask(self, path: str, body: bytes | None = None) -> Any:
         """The JSON that a route returns; RuntimeError with its own words, OSError where its fate is unknown."""
