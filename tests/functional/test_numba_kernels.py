@@ -257,7 +257,8 @@ parts = (starts, rows, torch.randn(192, generator=draw), left, torch.nn.function
 for dtype in (torch.float32, torch.int16):
     weight, mean, square = parts[-1].clone(), *torch.zeros(2, 64, 40, dtype=dtype)
     for step in range(1, 4):
-        numba_kernels.step_adam(weight, parts, mean, square, lr=0.01, betas=(0.9, 0.999), eps=1e-8, step=step, unit=True)
+        settings = {"lr": 0.01, "betas": (0.9, 0.999), "eps": 1e-8, "step": step, "unit": True}
+        numba_kernels.step_adam(weight, parts, mean, square, **settings)
     print([hashlib.sha256(t.numpy().tobytes()).hexdigest() for t in (weight, mean, square)])
 """
 

@@ -297,3 +297,13 @@ def test_a_damaged_key_is_refused_and_not_shown(key: str, send: Any) -> None:
 def test_an_address_is_that_of_a_server(url: str) -> None:
     with pytest.raises(ValueError, match="`url` must be the address of a server"):
         Server(url)
+
+
+def test_what_is_left_of_a_long_window_has_the_token_that_fires(
+    send: Any, site: tuple[Site, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(neuronpedia_upload, "MOST_TOKENS", 3)
+    site[0].sets.add(("tiny-lm", "saelab"))
+    send()
+    windows = [window for one in site[0].features.values() for window in one["activations"]]
+    assert not [window for window in windows if len(window["tokens"]) > 3 or not any(window["values"])]

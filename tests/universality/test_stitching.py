@@ -145,6 +145,9 @@ def test_what_cannot_be_stitched_is_refused() -> None:
         stitch_probes(x, y, {"a": torch.tensor([True, False, True])})
     with pytest.raises(ValueError, match="must be pairs, row by row"):
         stitch_probes(x, y[1:], concepts)
+    for few in ({"n_train": 0}, {"n_test": 0}):
+        with pytest.raises(ValueError, match="`n_train` and `n_test` must be at least 1"):
+            stitch_probes(x, y, concepts, n_pairs=20, **few)
     with pytest.raises(ValueError, match="`seeds` must have one at least"):
         stitch_probes(x, y, concepts, n_pairs=20, seeds=())
     with unchecked(), pytest.raises(ValueError, match="`readout` must be one of"):
