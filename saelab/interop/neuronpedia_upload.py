@@ -321,13 +321,18 @@ def _describe(board: dict[str, Any], texts: list[str], method: str | None) -> di
         "density": board["frac_nonzero"],
         "topLogits": _pair(board["pos_str"], board["pos_values"]),
         "bottomLogits": _pair(board["neg_str"], board["neg_values"]),
-        "explanations": [{"text": text[:LONGEST_TEXT], **named} for text in texts],
+        "explanations": [{"text": _storable(text)[:LONGEST_TEXT], **named} for text in texts],
         "activations": [_shorten(window) for window in board["activations"]],
     }
 
 
 def _pair(texts: list[str], values: list[float]) -> list[dict[str, Any]]:
-    return [{"token": text or "\ufffd", "value": value} for text, value in zip(texts, values, strict=True)]
+    return [{"token": _storable(text), "value": value} for text, value in zip(texts, values, strict=True)]
+
+
+def _storable(text: str) -> str:
+    """Text that a PostgreSQL database takes and that is not empty."""
+    return text.replace("\0", "\ufffd") or "\ufffd"
 
 
 def _shorten(window: dict[str, Any]) -> dict[str, Any]:
@@ -336,7 +341,7 @@ def _shorten(window: dict[str, Any]) -> dict[str, Any]:
     kept = slice(start, start + MOST_TOKENS)
     names = {"quantileMin": "bin_min", "quantileMax": "bin_max", "quantileFraction": "bin_contains"}
     bounds = {} if window["bin_contains"] < 0 else {name: window[own] for name, own in names.items()}
-    return {"tokens": [text or "\ufffd" for text in window["tokens"][kept]], "values": window["values"][kept], **bounds}
+    return {"tokens": [_storable(text) for text in window["tokens"][kept]], "values": window["values"][kept], **bounds}
 
 
 def _show(

@@ -65,6 +65,8 @@ class Site:
             body["features"]
         ):
             return "features"
+        if "\0" in str(body["features"]) or "\\x00" in str(body["features"]):
+            return "text that PostgreSQL does not store"
         for one in body["features"]:
             if not (type(one["index"]) is int and 0 <= one["density"] <= 1 and one["activations"]):
                 return "index, density or activations"
@@ -307,3 +309,14 @@ def test_what_is_left_of_a_long_window_has_the_token_that_fires(
     send()
     windows = [window for one in site[0].features.values() for window in one["activations"]]
     assert not [window for window in windows if len(window["tokens"]) > 3 or not any(window["values"])]
+
+
+def test_text_that_a_database_does_not_store_is_replaced(
+    send: Any, site: tuple[Site, str], store: sl.FeatureStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    state, _ = site
+    state.sets.add(("tiny-lm", "saelab"))
+    said = [Label(feature=3, text="<b>a\0b</b>\n\u202e\U0001f469", author="ada")]
+    monkeypatch.setattr(neuronpedia_upload, "explained_labels", lambda *_: said)
+    send(features=[3])
+    assert state.features[3]["explanations"][0]["text"] == "<b>a\ufffdb</b>\n\u202e\U0001f469"
