@@ -182,8 +182,8 @@ def _square(row):
     return total
 
 
-@kernel({"contract", "nsz"})
-@no_type_check
+@kernel({"nsz"})  # contracted, a sum of products has two roundings: code that was just compiled and the same from the
+@no_type_check  # cache chose different ones
 def _adam_row(w, g, m, v, settings, unit):
     """One step of Adam for a row, which is divided by its norm where `unit`."""
     rate, keep_mean, keep_square, root, eps = settings

@@ -12,9 +12,10 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import partial
+from http.client import HTTPException
 from pathlib import Path
 from typing import Any
-from urllib.error import HTTPError, URLError
+from urllib.error import HTTPError
 from urllib.parse import quote, urlsplit
 from urllib.request import HTTPRedirectHandler, Request, build_opener
 
@@ -35,6 +36,8 @@ MOST_BYTES = 4_000_000
 """of a request; hosts of its kind refuse more than 4.5 MB"""
 N_TRIES, FIRST_WAIT, LONGEST_WAIT, TIMEOUT = 6, 1.0, 120.0, 120.0
 TEMPORARY = (408, 425, 429, 500, 502, 503, 504)
+LONGEST_ANSWER = 16_000_000
+"""bytes of an answer; the one that tells of a feature has its examples and its vector"""
 
 
 @dataclass(frozen=True)
@@ -79,6 +82,10 @@ class Server:
         local = parts.hostname in ("localhost", "127.0.0.1", "::1")
         if parts.scheme != "https" and not (parts.scheme == "http" and local):
             raise ValueError(f"`url` must begin with https://, or be of this machine, got {parts.scheme}://.")
+        if not parts.hostname or parts.query or parts.fragment or "@" in parts.netloc:
+            raise ValueError(
+                "`url` must be the address of a server, such as https://www.neuronpedia.org, got other parts."
+            )
 
     def ask(self, path: str, body: bytes | None = None) -> Any:
         """The JSON that a route returns; RuntimeError with its own words, OSError where its fate is unknown."""
@@ -86,15 +93,28 @@ class Server:
         request = Request(f"{self.url.rstrip('/')}/api/{path}", body, headers)
         try:
             with build_opener(_Stay).open(request, timeout=TIMEOUT) as answer:
-                return json.loads(answer.read() or b"null")
+                raw = answer.read(LONGEST_ANSWER + 1)
+                if len(raw) > LONGEST_ANSWER or answer.length:  # reading no more than so much, it does not see the end
+                    raise ValueError(f"an answer of more than {LONGEST_ANSWER / 1e6:.0f} MB, or one that breaks off")
+            return json.loads(raw or b"null")
         except HTTPError as error:
-            with error:
-                text = error.read(2000).decode(errors="replace")
+            text = self._read_refusal(error)
             if error.code in TEMPORARY:
                 raise Unsure(error.code, text, error.headers.get("Retry-After")) from None
             raise RuntimeError(f"Neuronpedia refused {path}: {error.code} {_reason(text)}") from None
-        except (URLError, TimeoutError, ConnectionError, ValueError) as error:
-            raise Unsure(0, str(getattr(error, "reason", error))) from None
+        except (OSError, HTTPException, ValueError, RecursionError) as error:
+            raise Unsure(0, self._hide_key(str(getattr(error, "reason", error)))) from None
+
+    def _read_refusal(self, error: HTTPError) -> str:
+        """The beginning of what a server says of an error."""
+        try:
+            with error:
+                return self._hide_key(error.read(2000).decode(errors="replace"))
+        except (OSError, HTTPException):
+            return ""
+
+    def _hide_key(self, text: str) -> str:
+        return text.replace(self.key, "(key)") if self.key else text
 
     def send(self, path: str, body: bytes, arrived: Callable[[], bool]) -> Any:
         """Post once for sure: after a failure that leaves open whether it arrived, `arrived` is asked first."""
@@ -125,7 +145,7 @@ class Unsure(OSError):
 
     def pause(self, number: int) -> float:
         """Seconds to wait before the next try: what the server asks for, else twice as long each time."""
-        asked = float(self._wait) if self._wait and self._wait.isdigit() else FIRST_WAIT * 2**number
+        asked = float(self._wait) if self._wait and self._wait.isdecimal() else FIRST_WAIT * 2**number
         return min(asked, LONGEST_WAIT)
 
 
@@ -133,7 +153,7 @@ def _reason(text: str) -> str:
     try:
         said = json.loads(text)
         return str(said.get("error") or said.get("message") or text)[:300]
-    except (ValueError, AttributeError):
+    except (ValueError, AttributeError, RecursionError):
         return text[:300]
 
 
@@ -235,7 +255,10 @@ def _find_key(key: str | None, dry_run: bool) -> str:
     found = key if key is not None else os.environ.get(KEY, "")
     if not found.strip() and not dry_run:
         raise ValueError(f"`key` must be a Neuronpedia key, got none. Set {KEY}, or use `dry_run`.")
-    return found.strip()
+    found = found.strip()
+    if not (found.isascii() and found.isprintable()):  # the message does not show it
+        raise ValueError(f"`key` must be plain letters and signs in one line, got others. Copy it into {KEY} again.")
+    return found
 
 
 def _require_set(
@@ -298,13 +321,18 @@ def _describe(board: dict[str, Any], texts: list[str], method: str | None) -> di
         "density": board["frac_nonzero"],
         "topLogits": _pair(board["pos_str"], board["pos_values"]),
         "bottomLogits": _pair(board["neg_str"], board["neg_values"]),
-        "explanations": [{"text": text[:LONGEST_TEXT], **named} for text in texts],
+        "explanations": [{"text": _storable(text)[:LONGEST_TEXT], **named} for text in texts],
         "activations": [_shorten(window) for window in board["activations"]],
     }
 
 
 def _pair(texts: list[str], values: list[float]) -> list[dict[str, Any]]:
-    return [{"token": text or "\ufffd", "value": value} for text, value in zip(texts, values, strict=True)]
+    return [{"token": _storable(text), "value": value} for text, value in zip(texts, values, strict=True)]
+
+
+def _storable(text: str) -> str:
+    """Text that a PostgreSQL database takes and that is not empty."""
+    return text.replace("\0", "\ufffd") or "\ufffd"
 
 
 def _shorten(window: dict[str, Any]) -> dict[str, Any]:
@@ -313,7 +341,7 @@ def _shorten(window: dict[str, Any]) -> dict[str, Any]:
     kept = slice(start, start + MOST_TOKENS)
     names = {"quantileMin": "bin_min", "quantileMax": "bin_max", "quantileFraction": "bin_contains"}
     bounds = {} if window["bin_contains"] < 0 else {name: window[own] for name, own in names.items()}
-    return {"tokens": [text or "\ufffd" for text in window["tokens"][kept]], "values": window["values"][kept], **bounds}
+    return {"tokens": [_storable(text) for text in window["tokens"][kept]], "values": window["values"][kept], **bounds}
 
 
 def _show(

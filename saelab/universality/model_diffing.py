@@ -102,7 +102,7 @@ class ModelDiff(Result):
         """
         if side not in ("a", "b"):
             raise ValueError(f"`side` must be 'a' ({self.a}) or 'b' ({self.b}), got '{side}'.")
-        stronger = self.relative_norm < 0.5 if side == "a" else self.relative_norm >= 0.5
+        stronger = np.array(self._stronger) == ("a", "b").index(side)
         chosen = np.flatnonzero(stronger & (self.gain > 0))
         return chosen[np.argsort(-self.gain[chosen], kind="stable")][:n].tolist()
 

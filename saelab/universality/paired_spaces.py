@@ -34,6 +34,8 @@ CHANNELS: tuple[Channel, ...] = get_args(Channel)
 AnchorChoice = Literal["random", "kmeans", "farthest"]
 POWERS = {"euclidean": 2.0, "l1": 1.0, "linf": float("inf")}
 LOWER_IS_BETTER = ("mean_rank",)
+FLAT = 1e-9
+"""deviation of similarities below which it is rounding"""
 ROWS = 4096
 """rows whose distances are computed at a time"""
 
@@ -205,7 +207,8 @@ def choose_anchors(
         seed: of the draw, and of the start of k-means.
 
     Raises:
-        ValueError: for fewer rows than anchors, fewer than 2 anchors, and an unknown method.
+        ValueError: for fewer rows than anchors, fewer than 2 anchors, values that are not finite where distances
+            choose, and an unknown method.
 
     >>> choose_anchors(torch.tensor([[0.0], [0.1], [1.0], [5.0]]), 3, "farthest").tolist()
     [0, 2, 3]
@@ -217,6 +220,8 @@ def choose_anchors(
     generator = torch.Generator().manual_seed(seed)
     if method == "random":
         return torch.randperm(len(x), generator=generator)[:n].sort().values
+    if not x.isfinite().all():
+        raise ValueError(f"`x` must be finite for anchors by '{method}', got NaN or infinity; leave those rows out.")
     x = exact(x).cpu()
     return (_spread if method == "farthest" else _cluster)(x, n, seed).sort().values
 
@@ -310,7 +315,8 @@ class Anchors:
         """Mean and deviation of a channel over pairs of different anchors."""
         between = self._compare(self.rows, channel)
         others = between[~torch.eye(len(self), dtype=torch.bool)]
-        return float(others.mean()), max(float(others.std()), 1e-12)
+        deviation = float(others.std())
+        return float(others.mean()), deviation if deviation > FLAT else 1.0  # all are as far from each other
 
     def _compare(self, x: Tensor, channel: Channel) -> Float[Tensor, "n n_anchors"]:
         """Similarities of one channel, float64."""

@@ -303,6 +303,8 @@ def fit_map(
         raise ValueError(f"`rank` must be in 1..{limit}, the narrower width, got {rank}.")
     if ridge is not None and (method == "orthogonal" or not 0 <= ridge < float("inf")):
         raise ValueError(f"`ridge` must be at least 0, and None for an orthogonal map, got {ridge} for '{method}'.")
+    if still := [name for name, rows in (("a", x), ("b", y)) if bool((rows == rows[:1]).all())]:
+        raise ValueError(f"`{still[0]}` must vary over rows for a map to be fitted, got {len(x)} equal ones.")
     mean_a, mean_b = x.mean(0), y.mean(0)
     sides = [(x, y), (y, x)]
     if method == "orthogonal":
@@ -324,6 +326,9 @@ def read_pairs(a: SpaceRows, b: SpaceRows, doc_ids: Any) -> tuple[Tensor, Tensor
     """Both sides in float64, and the documents of their rows; ValueError for rows that are not pairs.
 
     `doc_ids` None takes those of collected activations."""
+    for name, rows in (("a", a), ("b", b)):
+        if not isinstance(rows, Activations) and (not isinstance(rows, Tensor) or rows.ndim != 2):
+            raise ValueError(f"`{name}` must be (n, d) rows, a tensor or activations, got {_tell_kind(rows)}.")
     if len(a) != len(b):
         raise ValueError(f"`a` and `b` must be pairs, row by row, got {len(a)} and {len(b)} rows; align them first.")
     if isinstance(a, Activations) and isinstance(b, Activations):
@@ -344,6 +349,10 @@ def read_pairs(a: SpaceRows, b: SpaceRows, doc_ids: Any) -> tuple[Tensor, Tensor
         if not rows.isfinite().all():
             raise ValueError(f"`{name}` must be finite, got NaN or infinity; leave those pairs out.")
     return x, y, documents
+
+
+def _tell_kind(rows: Any) -> str:
+    return f"a tensor of shape {tuple(rows.shape)}" if isinstance(rows, Tensor) else type(rows).__name__
 
 
 def _check_origin(side: str, rows: SpaceRows, origin: Provenance | None, allow_mismatch: bool) -> None:

@@ -162,9 +162,11 @@ class TokenSplit(NamedTuple):
         learn, test = (rows[torch.randperm(len(rows), generator=generator)] for rows in
                        (learns.nonzero()[:, 0], (~learns).nonzero()[:, 0]))  # fmt: skip
         n_pairs, n_train, n_test = n
-        if not 2 <= n_pairs < len(learn):
+        if min(n_train, n_test) < 1:
+            raise ValueError(f"`n_train` and `n_test` must be at least 1, got {n_train} and {n_test}.")
+        if not 3 <= n_pairs < len(learn):
             raise ValueError(
-                f"`n_pairs` must be at least 2 and leave rows to learn from, of the {len(learn)} rows of half of the "
+                f"`n_pairs` must be at least 3 and leave rows to learn from, of the {len(learn)} rows of half of the "
                 f"documents, got {n_pairs}; give more text."
             )
         chosen = choose_anchors(x[learn], n_pairs, anchors, seed=seed)

@@ -1,5 +1,6 @@
 """Compiled kernels against PyTorch's operations, and the threads they run on."""
 
+import os
 import subprocess
 import sys
 
@@ -242,3 +243,33 @@ def test_a_step_uses_the_squares_only_of_gradients_that_nobody_changed(aux, smal
         assert not trainee.gradient_squares
     for mine, plain in zip(*found, strict=True):
         torch.testing.assert_close(mine, plain, rtol=1e-4, atol=1e-5 * float(plain.abs().max()))
+
+
+STEPS = """
+import hashlib
+import torch
+from saelab.functional import numba_kernels
+
+draw = torch.Generator().manual_seed(0)
+starts, rows = torch.arange(65) * 3, torch.arange(192) % 20
+left, normals = torch.randn(20, 40, generator=draw), torch.randn(64, 40, generator=draw)
+parts = (starts, rows, torch.randn(192, generator=draw), left, torch.nn.functional.normalize(normals, dim=1))
+for dtype in (torch.float32, torch.int16):
+    weight, mean, square = parts[-1].clone(), *torch.zeros(2, 64, 40, dtype=dtype)
+    for step in range(1, 4):
+        settings = {"lr": 0.01, "betas": (0.9, 0.999), "eps": 1e-8, "step": step, "unit": True}
+        numba_kernels.step_adam(weight, parts, mean, square, **settings)
+    print([hashlib.sha256(t.numpy().tobytes()).hexdigest() for t in (weight, mean, square)])
+"""
+
+
+@needs_numba
+def test_a_step_is_the_same_by_kernels_just_compiled_and_from_the_cache(tmp_path):
+    environment = os.environ | {"NUMBA_CACHE_DIR": str(tmp_path)}
+    first, second = (
+        subprocess.run(
+            [sys.executable, "-c", STEPS], env=environment, capture_output=True, text=True, check=True
+        ).stdout
+        for _ in range(2)
+    )
+    assert any(tmp_path.rglob("*.nbc")) and first.count("[") == 2 and first == second

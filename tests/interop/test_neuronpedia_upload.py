@@ -1,6 +1,8 @@
 """Features are sent to a server that checks requests as Neuronpedia's routes do."""
 
+import contextlib
 import json
+import socketserver
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -63,6 +65,8 @@ class Site:
             body["features"]
         ):
             return "features"
+        if "\0" in str(body["features"]) or "\\x00" in str(body["features"]):
+            return "text that PostgreSQL does not store"
         for one in body["features"]:
             if not (type(one["index"]) is int and 0 <= one["density"] <= 1 and one["activations"]):
                 return "index, density or activations"
@@ -228,3 +232,91 @@ def test_the_command_sends_what_it_is_told(store: sl.FeatureStore, capsys: pytes
     assert dispatch(["upload", str(store.folder), "--features", "3,5", "--dry-run", "--no-progress"]) == 0
     assert "would send 2 features" in capsys.readouterr().out
     assert not list(store.folder.glob("upload-*.json"))
+
+
+ODD = {
+    "breaks off": b"HTTP/1.0 200 OK\r\nContent-Length: 1000\r\n\r\n{}",
+    "no HTTP": b"hello\r\n\r\n",
+    "too deep": b"HTTP/1.0 200 OK\r\n\r\n" + b"[" * 200_000,
+    "too long": b"HTTP/1.0 200 OK\r\n\r\n" + b" " * 2_000_000,
+    "too many headers": b"HTTP/1.0 200 OK\r\n" + b"x: y\r\n" * 200 + b"\r\n{}",
+    "no number to wait": b"HTTP/1.0 429 Wait\r\nRetry-After: \xb2\r\n\r\n{}",
+    "the key": b"HTTP/1.0 500 Oh\r\n\r\n" + json.dumps({"error": f"{KEY} is wrong"}).encode(),
+}
+
+
+@pytest.mark.parametrize("answer", ODD.values(), ids=ODD)
+def test_an_odd_answer_is_tried_again_and_never_shows_the_key(answer: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(neuronpedia_upload, "LONGEST_ANSWER", 1_000_000)
+
+    class Odd(socketserver.StreamRequestHandler):
+        def handle(self) -> None:
+            while (line := self.rfile.readline()) not in (b"\r\n", b""):
+                if line.lower().startswith(b"content-length"):
+                    size = int(line.partition(b":")[2])
+            self.rfile.read(size)
+            with contextlib.suppress(OSError):  # the other side stops reading
+                self.wfile.write(answer)
+
+    waits: list[float] = []
+    with socketserver.ThreadingTCPServer(("127.0.0.1", 0), Odd) as server:
+        threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
+        client = Server(f"http://127.0.0.1:{server.server_address[1]}", KEY, wait=waits.append)
+        with pytest.raises(RuntimeError, match="did not take x in 6 tries") as caught:
+            client.send("x", b"{}", lambda: False)
+        server.shutdown()
+    assert waits == [1, 2, 4, 8, 16] and KEY not in str(caught.value)
+
+
+def test_a_key_is_sent_to_no_other_host(site: tuple[Site, str]) -> None:
+    state, url = site
+
+    class Elsewhere(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            self.send_response(302)
+            self.send_header("Location", f"{url}/api/feature/m/0-s/1")
+            self.end_headers()
+
+        def log_message(self, *_: Any) -> None:
+            """Print nothing."""
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Elsewhere) as server:
+        threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
+        with pytest.raises(RuntimeError, match="refused x: 302"):
+            Server(f"http://127.0.0.1:{server.server_address[1]}", KEY).ask("x", b"{}")
+        server.shutdown()
+    assert not state.log
+
+
+@pytest.mark.parametrize("key", ["sk-\nsecret", "sk-\u2019secret", "sk\x00secret"])
+def test_a_damaged_key_is_refused_and_not_shown(key: str, send: Any) -> None:
+    with pytest.raises(ValueError, match="`key` must be plain letters") as caught:
+        send(key=key)
+    assert "secret" not in str(caught.value)
+
+
+@pytest.mark.parametrize("url", ["https://", "https://ada:word@host", "https://host/?q=1"])
+def test_an_address_is_that_of_a_server(url: str) -> None:
+    with pytest.raises(ValueError, match="`url` must be the address of a server"):
+        Server(url)
+
+
+def test_what_is_left_of_a_long_window_has_the_token_that_fires(
+    send: Any, site: tuple[Site, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(neuronpedia_upload, "MOST_TOKENS", 3)
+    site[0].sets.add(("tiny-lm", "saelab"))
+    send()
+    windows = [window for one in site[0].features.values() for window in one["activations"]]
+    assert not [window for window in windows if len(window["tokens"]) > 3 or not any(window["values"])]
+
+
+def test_text_that_a_database_does_not_store_is_replaced(
+    send: Any, site: tuple[Site, str], store: sl.FeatureStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    state, _ = site
+    state.sets.add(("tiny-lm", "saelab"))
+    said = [Label(feature=3, text="<b>a\0b</b>\n\u202e\U0001f469", author="ada")]
+    monkeypatch.setattr(neuronpedia_upload, "explained_labels", lambda *_: said)
+    send(features=[3])
+    assert state.features[3]["explanations"][0]["text"] == "<b>a\ufffdb</b>\n\u202e\U0001f469"

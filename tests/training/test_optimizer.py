@@ -11,8 +11,9 @@ import saelab as sl
 from saelab.functional import compiled
 from saelab.functional.compiled import has_numba
 from saelab.functional.short_floats import MEAN_SPACING, SQUARE_SPACING, decode_positive, decode_signed
+from saelab.functional.sparse_products import GradientMemory, select_rows
 from saelab.training.config import TrainConfig
-from saelab.training.optimizer import make_adam, step_adam
+from saelab.training.optimizer import differentiate, make_adam, step_adam
 
 SHORT = TrainConfig(n_tokens=4096, optim_bits=16)
 WAYS = [False, pytest.param(True, marks=pytest.mark.skipif(not has_numba(), reason="needs numba"))]
@@ -210,3 +211,15 @@ def test_training_does_not_load_pytorchs_compiler():
     )
     found = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, check=True)
     assert found.stdout.strip() == "False"
+
+
+def test_a_gradient_of_two_parts_is_their_sum_not_projected(monkeypatch):
+    monkeypatch.setattr(compiled, "LEAST_WEIGHTS", 0)
+    weight = torch.nn.Parameter(torch.nn.functional.normalize(draw(6, 8), dim=1))
+    factor, latents = draw(6, 8, seed=1), torch.tensor([1, 4])
+    memory = GradientMemory(projected=True)
+    loss = (select_rows(weight, latents, memory) * factor[latents]).sum() + weight.sum()
+    kept = differentiate(loss, {weight: memory})
+    wanted = torch.ones(6, 8).index_add(0, latents, factor[latents])
+    assert not kept and weight.grad is not None
+    torch.testing.assert_close(weight.grad, wanted)

@@ -256,3 +256,15 @@ def test_wrong_pairs() -> None:
             )
         with pytest.raises(ValueError, match="as wide as all sources"):
             call(handmade(), sl.Activations.from_tensor(torch.ones(9, 8)))
+
+
+def test_a_latent_of_equal_norms_is_ranked_where_its_kind_says() -> None:
+    rows = torch.eye(3)
+    sae = sl.SAE(sl.SAEConfig(d_in=6, d_sae=3, sources=join(rows, rows).sources, activation=sl.TopK(k=1)), seed=0)
+    with torch.no_grad():
+        sae.W_dec.copy_(torch.cat([rows, rows[[1, 2, 0]]], 1))  # as strong in both, in other directions
+        sae.W_enc.copy_(sae.W_dec.T)
+    x = rows[torch.arange(600) % 3] * torch.rand(600, 1, generator=torch.Generator().manual_seed(0))
+    diff = diff_models(sae, join(x, x[:, [2, 0, 1]]))
+    assert (diff.relative_norm == 0.5).all() and {"weak_in_b", "only_a", "decoupled_in_b"} & {*diff.kinds}
+    assert sorted(diff.rank("a")) == [0, 1, 2] and diff.rank("b") == []

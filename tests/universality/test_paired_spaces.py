@@ -271,3 +271,22 @@ def test_neighbors_are_shuffled_in_blocks_where_documents_are_known() -> None:
     one, blocks = score_pairs(y, y, n_shuffles=20), score_pairs(y, y, doc_ids=documents, n_shuffles=20)
     assert blocks.in_blocks and not one.in_blocks
     assert np.isfinite(blocks["r2"].chance) and blocks["r2"].value == 1
+
+
+def test_far_anchors_are_different_rows_also_where_rows_are_equal() -> None:
+    for rows in (torch.ones(9, 2), torch.eye(3).repeat(3, 1)):
+        assert len(set(choose_anchors(rows, 8, "farthest").tolist())) == 8
+
+
+@pytest.mark.parametrize("method", ["kmeans", "farthest"])
+def test_anchors_that_distances_choose_must_be_of_finite_rows(method) -> None:
+    x = draw(0, 30, 3)
+    x[4, 1] = torch.nan
+    with pytest.raises(ValueError, match=f"`x` must be finite for anchors by '{method}'"):
+        choose_anchors(x, 5, method)
+    assert len(choose_anchors(x, 5)) == 5
+
+
+def test_channels_of_anchors_as_far_from_each_other_are_not_blown_up() -> None:
+    for rows in (draw(0, 2, 3), torch.eye(3)):
+        assert Anchors(rows).relate(rows, CHANNELS).abs().max() < 10

@@ -90,3 +90,14 @@ def test_other_activations_and_kinds_are_refused(spaces) -> None:
     with pytest.raises(ValueError, match="got another hook point"):
         stitch_sae(sae, *acts, n_pairs=50)
     assert stitch_sae(sae, *acts, n_pairs=50, methods=("linear",), seeds=(0,), allow_mismatch=True).n_test > 0
+
+
+def test_a_flipped_feature_is_a_partner() -> None:
+    x = torch.randn(400, 8, generator=torch.Generator().manual_seed(0))
+    sae = sl.SAE(sl.SAEConfig(d_in=x.shape[1], d_sae=16, activation=sl.AbsTopK(k=3)), seed=0)
+    flipped = sl.SAE(sae.cfg, seed=0)
+    with torch.no_grad():
+        for weight in (flipped.W_enc, flipped.W_dec, flipped.b_enc):
+            weight.neg_()
+    table = stitch_sae(sae, x, x, flipped, n_pairs=20, seeds=(0,), methods=())
+    assert table.mean("other's own", "r") == pytest.approx(1) == table.mean("other's own", "f1")

@@ -310,3 +310,28 @@ def test_the_inverse_is_the_same_map_from_the_other_side() -> None:
     assert found.inverse.ridge == other.ridge and torch.equal(found.inverse.inverse.W, found.W)
     half = found.apply(x.bfloat16())
     assert half.dtype == torch.bfloat16 and found.apply(x.view(30, 20, 8)).shape == (30, 20, 8)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("side", ["a", "b"])
+def test_rows_that_do_not_vary_have_no_map(method, side) -> None:
+    rows = {"a": draw(0, 20, 3), "b": draw(1, 20, 4)}
+    rows[side] = rows[side][:1].expand(20, -1)
+    with pytest.raises(ValueError, match=f"`{side}` must vary over rows for a map to be fitted, got 20 equal ones"):
+        fit_map(rows["a"], rows["b"], method)
+
+
+def test_rows_of_another_kind_are_refused() -> None:
+    x, y, _ = planted(30)
+    for wrong, said in ((x.numpy(), "ndarray"), (x[:, 0], r"a tensor of shape \(30,\)"), (x.tolist(), "list")):
+        with unchecked(), pytest.raises(ValueError, match=f"`a` must be .* got {said}"):
+            fit_map(wrong, y)  # type: ignore[arg-type]
+
+
+def test_collected_activations_bring_their_documents() -> None:
+    x, y, _ = planted(60, noise=2.0)
+    documents = torch.arange(60, dtype=torch.int32) // 12
+    a, b = (sl.Activations.from_tensor(rows, doc_ids=documents) for rows in (x, y))
+    found = fit_map(a, b)
+    assert torch.equal(found.W, fit_map(x, y, doc_ids=documents).W)
+    assert found.score(a, b, n_shuffles=2).in_blocks and not found.score(x, y, n_shuffles=2).in_blocks

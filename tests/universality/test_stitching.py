@@ -139,12 +139,15 @@ def test_the_same_seed_gives_the_same_figures_and_leaves_the_global_state_alone(
 
 def test_what_cannot_be_stitched_is_refused() -> None:
     x, y, concepts = turned(200)
-    with pytest.raises(ValueError, match=r"`n_pairs` must be at least 2 and leave rows to learn from, of the 100 rows"):
+    with pytest.raises(ValueError, match=r"`n_pairs` must be at least 3 and leave rows to learn from, of the 100 rows"):
         stitch_probes(x, y, concepts, n_pairs=100)
     with pytest.raises(ValueError, match="`labels` must be of the 200 rows, got 3"):
         stitch_probes(x, y, {"a": torch.tensor([True, False, True])})
     with pytest.raises(ValueError, match="must be pairs, row by row"):
         stitch_probes(x, y[1:], concepts)
+    for few in ({"n_train": 0}, {"n_test": 0}):
+        with pytest.raises(ValueError, match="`n_train` and `n_test` must be at least 1"):
+            stitch_probes(x, y, concepts, n_pairs=20, **few)
     with pytest.raises(ValueError, match="`seeds` must have one at least"):
         stitch_probes(x, y, concepts, n_pairs=20, seeds=())
     with unchecked(), pytest.raises(ValueError, match="`readout` must be one of"):

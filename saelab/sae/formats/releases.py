@@ -220,7 +220,8 @@ def list_releases(
     """
     words, wanted = (search or "").lower().split(), _find_model(model)
     found = []
-    for release in [search] if search in read_table() else read_table():
+    whole = next((name for name in read_table() if search and name.lower() == search.lower()), None)
+    for release in read_table() if whole is None else [whole]:
         for sae in _list(release).values():
             if wanted is not None and sae.model.lower() not in wanted:
                 break  # a release is of one model

@@ -132,3 +132,9 @@ def test_what_is_found_prints_and_saves(tmp_path: Path) -> None:
     few.save(tmp_path / "few.json")
     assert json.loads((tmp_path / "few.json").read_text())["saes"][0]["l0"] == 82
     assert few._repr_html_().startswith("<")
+
+
+def test_the_whole_name_of_a_release_is_that_release_in_any_case() -> None:
+    found = sl.list_releases("GPT2-Small-Res-JB")
+    assert found.releases == ("gpt2-small-res-jb",) == sl.list_releases("gpt2-small-res-jb").releases
+    assert len(sl.list_releases("gpt2-small-res-").releases) > 1

@@ -19,6 +19,7 @@ def gradients(activation, d_out=None):
     x = torch.randn(256, D_IN + (d_out or 0), generator=torch.Generator().manual_seed(1))
     trainee.prepare(x)
     trainee.sae.b_enc.data += 0.3 * torch.randn(D_SAE, generator=torch.Generator().manual_seed(2))
+    trainee.sae.b_dec.data += torch.randn(trainee.sae.b_dec.shape, generator=torch.Generator().manual_seed(3))
     trainee.state["tokens_since_fired"][::2] = 10**9
     loss = trainee.objective(x).terms["aux"]
     loss.backward()
