@@ -248,6 +248,7 @@ class CLT(CLTModule):
             return
         origin = None if self.provenances is None else [one.to_dict() for one in self.provenances]
         described = {"config": self.cfg.to_dict(), "provenance": origin, "training": self.training_}
+        described |= {"placed": True} if self.placed else {}
         with replace_folder(folder, last=CONFIG, stale=(CONFIG, WEIGHTS)) as temp:
             save_tensors(temp / WEIGHTS, self.state_dict(), {"format": "pt"})
             write_json(temp / CONFIG, {"schema_version": SCHEMA_VERSION, "kind": CROSS_LAYER, **described}, sealed=True)
@@ -301,7 +302,9 @@ class CLT(CLTModule):
                 f"{place / CONFIG} must have schema_version {SCHEMA_VERSION}, got {version}; upgrade saelab."
             )
         with naming(place / CONFIG):
-            refuse_unknown(described, ["schema_version", "kind", "config", "provenance", "training", SEAL], "It")
+            refuse_unknown(
+                described, ["schema_version", "kind", "config", "provenance", "training", "placed", SEAL], "It"
+            )
             cfg = CLTConfig.from_dict(described.get("config"))  # type: ignore[arg-type]
             origin = described.get("provenance")
             places = None if origin is None else tuple(Provenance.from_dict(one) for one in origin)
@@ -311,6 +314,7 @@ class CLT(CLTModule):
         fill(clt, {name: t.to(dtype) for name, t in load_tensors(place / WEIGHTS).items()}, place)
         read_sealed(place / CONFIG)[1]()
         clt.provenances, clt.training_ = places, described.get("training")
+        clt.placed = described.get("placed") is True
         return clt
 
     @classmethod

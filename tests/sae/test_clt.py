@@ -184,7 +184,7 @@ def test_a_sample_and_held_out_tokens_have_all_layers() -> None:
         with pytest.raises(ValueError, match="the inputs of 3 layers of d_in 4 side by side"):
             clt.to_jumprelu(sample)
     inputs, targets = collect()
-    with pytest.raises(ValueError, match="`held_out` must have the inputs of all layers.* of width 24, got"):
+    with pytest.raises(ValueError, match=r"`held_out` must have the inputs of all layers.* of width 24, got"):
         clt.fit((inputs, targets), RUN, held_out=x, progress=False)
 
 

@@ -233,19 +233,20 @@ def test_texts_that_are_none(text: str, tmp_path: Path) -> None:
 def test_numbers_and_dtypes_that_cannot_be(tmp_path: Path) -> None:
     write(tmp_path / "far", jumps=True)
     (tmp_path / "far" / "W_enc_999999999999.safetensors").write_bytes(b"")  # names are counted, none made up
-    with pytest.raises(FileNotFoundError, match="got no .*W_enc_3"):
+    with pytest.raises(FileNotFoundError, match=r"got no .*W_enc_3"):
         CLT.from_pretrained(tmp_path / "far")
     write(tmp_path / "int", jumps=True)
     path = tmp_path / "int" / "W_dec_1.safetensors"
     save_file({name: tensor.to(torch.int8) for name, tensor in load_file(path).items()}, path)
-    with pytest.raises(ValueError, match="floating point weights, got torch.int8"):
+    with pytest.raises(ValueError, match=r"floating point weights, got torch\.int8"):
         CLT.from_pretrained(tmp_path / "int")
 
 
 @pytest.mark.filterwarnings("ignore:Each layer must have its target L0")
 def test_training_goes_on_from_what_was_read(tmp_path: Path) -> None:
     write(tmp_path, jumps=True)
-    clt = CLT.from_pretrained(tmp_path)
+    CLT.from_pretrained(tmp_path).save_pretrained(tmp_path / "own")
+    clt = CLT.from_pretrained(tmp_path / "own")
     before = clt.layers[1].W_enc.detach().clone()
     x, y = (torch.randn(200, N * D, generator=torch.Generator().manual_seed(seed)) for seed in (0, 1))
     clt.fit((x, y), sl.TrainConfig(n_tokens=40, batch_size=40, lr=1e-9), progress=False)
