@@ -148,7 +148,6 @@ def of_qwen_transcoders(release: str, entry: Entry) -> Facts:
         "hook_point": "blocks.{layer}.mlp.hook_in",
         "hook_point_out": "blocks.{layer}.hook_mlp_out",
         "missing": ["model", "hook_point", "hook_point_out"],
-        "unread": "a transcoder in circuit-tracer's format, which saelab does not read",
     }
 
 

@@ -455,6 +455,29 @@ def qwen_scope(folder: Path) -> Made:
     )
 
 
+def circuit_tracer(folder: Path, jump: bool = False, skip: bool = False) -> Made:
+    w = draw(16, OUT)
+    held = {"W_enc": w["W_enc"].T, "b_enc": w["b_enc"], "W_dec": w["W_dec"], "b_dec": w["b_dec"]}
+    if jump:
+        w["threshold"] = w["threshold"].abs()
+        held["activation_function.threshold"] = w["threshold"]
+    if skip:
+        held["W_skip"] = torch.randn(OUT, D, generator=torch.Generator().manual_seed(17))
+    save_file({name: part.contiguous() for name, part in held.items()}, folder / "layer_3.safetensors")
+    settings = ["model_name: some/model", "model_kind: transcoder_set", "feature_input_hook: mlp.hook_in"]
+    (folder / "config.yaml").write_text("\n".join([*settings, "feature_output_hook: hook_mlp_out"]))
+    e = exact(w)
+
+    def encode(x: Tensor) -> Tensor:
+        u = x @ e["W_enc"] + e["b_enc"]
+        return u * (u > e["threshold"]) if jump else u.relu()
+
+    def decode(z: Tensor, x: Tensor) -> Tensor:
+        return z @ e["W_dec"] + e["b_dec"] + (x @ held["W_skip"].double().T if skip else 0)
+
+    return Made("circuit_tracer", encode, decode, {}, "layer_3.safetensors")
+
+
 MAKERS: dict[str, Callable[[Path], Made]] = {
     "saelens standard": saelens_standard,
     "saelens standard, reads x": lambda folder: saelens_standard(folder, subtract=False),
@@ -508,6 +531,9 @@ MAKERS: dict[str, Callable[[Path], Made]] = {
     "openai topk": openai,
     "openai relu": lambda folder: openai(folder, "ReLU"),
     "qwen scope": qwen_scope,
+    "circuit_tracer relu": circuit_tracer,
+    "circuit_tracer jumprelu": lambda folder: circuit_tracer(folder, jump=True),
+    "circuit_tracer skip": lambda folder: circuit_tracer(folder, skip=True),
 }
 WRITABLE = [name for name in MAKERS if name.split()[0] in ("saelens", "sparsify", "dictionary_learning")]
 

@@ -12,6 +12,7 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from saelab.collecting.harvesting import sae_fingerprint
 from saelab.functional.codes import SparseCodes
 from saelab.lm.conversations import Conversation, Messages
 from saelab.lm.documents import Row, keep_rows
@@ -255,6 +256,7 @@ def read(
     require_names(labels)
     require_threshold(sae)
     require_finite_weights(sae)
+    _require_own(labels, sae)
     place = match_model(sae, model, hook_point, mask, allow_mismatch)
     if mask is not None and mask.max_norm_ratio is not None and place.hook_point not in place.median_norms:
         raise ValueError(
@@ -292,6 +294,17 @@ def read(
         n_texts=len(tokens),
         labels=keep_names(labels, indices.unique().tolist()),
     )
+
+
+def _require_own(labels: FeatureNames | None, sae: SAE) -> None:
+    """Raise ValueError for the labels of another SAE's features."""
+    recorded = str(getattr(labels, "sae", ""))
+    made = [sae_fingerprint(one) for one in (sae, *(sae.whole or ()))] if recorded else [""]
+    if recorded not in made:
+        raise ValueError(
+            f"`labels` must be of this SAE's features, got those of another (fingerprint {recorded}, this is {made[0]}). "
+            "Give the labels of a store that was harvested with it."
+        )
 
 
 def _list_texts(texts: Any) -> list[Row]:

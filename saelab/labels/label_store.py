@@ -99,6 +99,11 @@ class LabelStore:
             return cls(store.folder / FILE, store.manifest, timeout)
         return cls(Path(store) / FILE, FeatureManifest.load(store), timeout)
 
+    @property
+    def sae(self) -> str:
+        """Hash of the weights of the SAE whose features are labeled; empty where it is not known."""
+        return self._sae
+
     def close(self) -> None:
         """Close the file; the next use opens it again."""
         with self._lock:

@@ -156,9 +156,9 @@ class SAE(SAEModule):
         that wrote it.
 
         The format is detected from the files: saelab, saelens (also from before 6.0), sparsify, dictionary_learning,
-        gemma_scope, gemma_scope_2, llama_scope, openmoss, openai, qwen_scope. Facts that a file leaves out have to be
-        given; those given override the file's. Files are memory-mapped, shapes checked before weights are read, and
-        nothing is executed.
+        gemma_scope, gemma_scope_2, llama_scope, openmoss, openai, qwen_scope, circuit_tracer. Facts that a file leaves
+        out have to be given; those given override the file's. Files are memory-mapped, shapes checked before weights
+        are read, and nothing is executed.
 
         Args:
             source: folder or file, Hub id `owner/name`, or a release: see `sl.list_releases`.

@@ -244,3 +244,14 @@ def test_a_table_without_firings_has_the_same_columns(tiny, signed_sae):
     some = read(signed_sae, tiny, "One", hook_point=POINT, progress=False).to_pandas()
     none = read(signed_sae, tiny, [0], hook_point=POINT, progress=False).to_pandas()  # BOS alone
     assert len(none) == 0 and none.dtypes.to_dict() == some.iloc[:0].dtypes.to_dict()
+
+
+def test_labels_of_another_sae_are_refused(tiny, signed_sae, signed_store, tmp_path):
+    from saelab.labels import LabelStore
+
+    other = sl.SAE(signed_sae.cfg, seed=9)
+    with LabelStore(tmp_path / "labels.db", signed_store.manifest) as book:
+        book.set(3, "mine", author="me")
+        read(signed_sae, tiny, "One", hook_point=POINT, labels=book, progress=False)
+        with pytest.raises(ValueError, match="of another"):
+            read(other, tiny, "One", hook_point=POINT, labels=book, progress=False)

@@ -431,7 +431,7 @@ def test_wrong_width_is_named():
 
 
 def test_loading_what_is_no_sae(tmp_path):
-    with pytest.raises(FileNotFoundError, match="neither; check the path"):
+    with pytest.raises(FileNotFoundError, match="neither"):
         sl.SAE.from_pretrained(tmp_path / "none")
     with pytest.raises(FileNotFoundError):
         sl.SAE.from_pretrained(tmp_path)

@@ -1,11 +1,15 @@
-"""circuit-tracer's files of a cross-layer transcoder, which crosslayer-transcoder and CLT-Forge export, too.
+"""circuit-tracer's files: of a transcoder of one layer, and of a cross-layer transcoder. Inputs are read as they are.
 
-Of each layer l of L `W_enc_l.safetensors` holds `W_enc_l` (d_sae, d_in), `b_enc_l`, `b_dec_l` and, of a JumpReLU,
-`threshold_l`; `W_dec_l.safetensors` holds `W_dec_l` (d_sae, L - l, d_out), whose second axis are the outputs l, l + 1,
-... `config.yaml` names the model and, after `blocks.l.`, the hook points. Nothing is subtracted from inputs.
+A transcoder of layer l is `layer_l.safetensors` with `W_enc` (d_sae, d_in), `b_enc`, `W_dec` (d_sae, d_out), `b_dec`
+and, of a JumpReLU, `activation_function.threshold`; `W_skip` (d_out, d_in) is a skip connection.
 
-SAELens has no format of its own for them: it reads these files a layer at a time, as a ReLU transcoder whose decoders
-are summed, for feature activations only. So thresholds are lost there.
+Of each layer l of L of a cross-layer transcoder `W_enc_l.safetensors` holds `W_enc_l` (d_sae, d_in), `b_enc_l`,
+`b_dec_l` and, of a JumpReLU, `threshold_l`; `W_dec_l.safetensors` holds `W_dec_l` (d_sae, L - l, d_out), whose second
+axis are the outputs l, l + 1, ... crosslayer-transcoder and CLT-Forge export these, too. SAELens has no format of its
+own for them: it reads these files a layer at a time, as a ReLU transcoder whose decoders are summed, for feature
+activations only. So thresholds are lost there.
+
+`config.yaml` names the model and, after `blocks.l.`, the hook points.
 """
 
 import json
@@ -16,19 +20,63 @@ from pathlib import Path
 
 from torch import Tensor
 
-from saelab.sae.formats.sources import read_tensors, require_tensors
+from saelab.sae.activation_functions import JumpReLU, ReLU
+from saelab.sae.formats.conventions import Convention
+from saelab.sae.formats.origin import ParsedSAE, SAEFacts
+from saelab.sae.formats.sources import SAEFiles, read_tensors, require_tensors
 from saelab.stores.files import replace_folder, save_tensors, write_atomic
 from saelab.stores.manifest import Provenance
 from saelab.stores.validation import naming
 
 CONFIG = "config.yaml"
 ENCODER = re.compile(r"W_(enc|dec)_(\d+)\.safetensors")
+LAYER = re.compile(r"layer_(\d+)\.safetensors")
+PARTS, THRESHOLD, SKIP = ("W_enc", "b_enc", "W_dec", "b_dec"), "activation_function.threshold", "W_skip"
 LINE = re.compile(r"(\w+):[ \t]*(.*?)[ \t]*")
 QUOTED = re.compile(r"'((?:[^']|'')*)'")
 NULLS = ("~", "null", "Null", "NULL")
 READ, WRITTEN, MODEL = "feature_input_hook", "feature_output_hook", "model_name"
 DEFAULTS = {READ: "hook_resid_mid", WRITTEN: "hook_mlp_out"}
 """hook points that circuit-tracer takes where its configuration names none"""
+
+
+def recognize_transcoder(source: SAEFiles) -> bool:
+    """Whether the file is a transcoder of one layer."""
+    if source.file is None or not LAYER.fullmatch(source.file):
+        return False
+    names = set(source.tensors(source.file))
+    return set(PARTS) <= names <= {*PARTS, THRESHOLD, SKIP}
+
+
+def read_transcoder(source: SAEFiles, overrides: SAEFacts) -> ParsedSAE:
+    """Weights and convention of a layer's file: `z = activation(x W_enc^T + b_enc)`, `z W_dec + x W_skip^T + b_dec`.
+
+    The layer is that of the file's name, hook points and model those of `config.yaml` beside it.
+
+    Raises:
+        ValueError: for tensors that are missing, and thresholds below 0, which let negative codes pass there.
+    """
+    assert source.file is not None
+    place, held = source.folder / source.file, source.tensors(source.file)
+    parts = require_tensors(held, PARTS, place)
+    parts["W_enc"] = parts["W_enc"].T
+    for ours, theirs in (("threshold", THRESHOLD), (SKIP, SKIP)):
+        if theirs in held:
+            parts |= {ours: require_tensors(held, (theirs,), place)[theirs]}
+    if SKIP in parts:
+        parts[SKIP] = parts[SKIP].T
+    if "threshold" in parts:
+        _require_positive(parts["threshold"], place)
+    found, facts = LAYER.fullmatch(source.file), SAEFacts()
+    if found and (source.folder / CONFIG).is_file():
+        said = DEFAULTS | _read_settings(source.folder / CONFIG)
+        block = f"blocks.{int(found[1])}"
+        facts = SAEFacts(
+            model=said.get(MODEL), hook_point=f"{block}.{said[READ]}", hook_point_out=f"{block}.{said[WRITTEN]}"
+        )
+    activation = overrides.activation or (JumpReLU() if "threshold" in parts else ReLU())
+    how = Convention(activation=activation, transcodes=True, subtracts_b_dec=False)
+    return ParsedSAE(format="circuit_tracer", parts=parts, how=how, facts=facts)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -125,12 +173,21 @@ def _read_layer(folder: Path, i: int, n: int) -> dict[str, Tensor]:
             f"{place} must have no skip connection, got W_skip_{i}, which saelab has in transcoders of a layer."
         )
     if f"threshold_{i}" in encoder:
-        found[f"threshold_{i}"] = encoder[f"threshold_{i}"]
+        found |= require_tensors(encoder, (f"threshold_{i}",), place)
     if wrong := [name for name, tensor in found.items() if not tensor.is_floating_point()]:
         raise ValueError(f"{place} must hold floating point weights, got {found[wrong[0]].dtype} for {wrong[0]}.")
+    if f"threshold_{i}" in found:
+        _require_positive(found[f"threshold_{i}"], place)
     if found[f"W_enc_{i}"].ndim != 2 or found[f"b_dec_{i}"].ndim != 1:
         raise ValueError(f"{place} must hold a matrix W_enc_{i} and a vector b_dec_{i}, got other shapes.")
     return {name.removesuffix(f"_{i}"): tensor for name, tensor in found.items()}
+
+
+def _require_positive(threshold: Tensor, place: Path) -> None:
+    if bool((threshold < 0).any()):
+        raise ValueError(
+            f"Thresholds in {place} must be at least 0, got {float(threshold.min()):.3g}; below, codes would be negative."
+        )
 
 
 def _read_settings(path: Path) -> dict[str, str]:

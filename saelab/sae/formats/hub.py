@@ -13,6 +13,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from saelab.sae.activation_functions import Activation, make_activation
+from saelab.sae.formats.circuit_tracer import CONFIG as CIRCUIT_TRACER_CONFIG
 from saelab.sae.formats.origin import SAEFacts
 from saelab.sae.formats.registry import READERS
 from saelab.sae.formats.releases import find_near, find_published, pick, read_table, suggest
@@ -67,7 +68,7 @@ def list_files(name: str | None) -> list[str]:
     """
     place = PurePosixPath(inside(name)) if name is not None else PurePosixPath()
     if place.suffix in WEIGHT_SUFFIXES:
-        return [str(place), str(place.parent / "config.json")]
+        return [str(place), *(str(place.parent / name) for name in ("config.json", CIRCUIT_TRACER_CONFIG))]
     above = [str(place.parent / RUN)] if name is not None else []
     return [*(str(place / file) for file in _list_known()), *above]
 

@@ -57,6 +57,9 @@ READERS = {
     ),
     "openai": FormatReader(openai.recognize_openai, openai.read_openai, ()),
     "qwen_scope": FormatReader(openai.recognize_qwen_scope, openai.read_qwen_scope, ()),
+    "circuit_tracer": FormatReader(
+        circuit_tracer.recognize_transcoder, circuit_tracer.read_transcoder, (circuit_tracer.CONFIG,)
+    ),
 }
 FORMATS = (OWN, *READERS)
 CROSS_LAYER, CIRCUIT_TRACER = "cross_layer_transcoder", "circuit_tracer"

@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+import foreign
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -178,6 +179,9 @@ def test_files_that_do_not_fit_each_other(tmp_path: Path) -> None:
     change("W_enc_1", b_enc_1=torch.zeros(D_SAE + 1))
     with pytest.raises(ValueError, match="Layer 1 of 3"):
         CLT.from_pretrained(tmp_path)
+    change("W_enc_1", threshold_1=torch.full((D_SAE,), -0.5))
+    with pytest.raises(ValueError, match=r"Thresholds in .*W_enc_1.* at least 0, got -0\.5"):
+        CLT.from_pretrained(tmp_path)
     write(tmp_path, jumps=True)
     held = load_file(tmp_path / "W_enc_2.safetensors")
     save_file({name: t for name, t in held.items() if "threshold" not in name}, tmp_path / "W_enc_2.safetensors")
@@ -251,3 +255,21 @@ def test_training_goes_on_from_what_was_read(tmp_path: Path) -> None:
     x, y = (torch.randn(200, N * D, generator=torch.Generator().manual_seed(seed)) for seed in (0, 1))
     clt.fit((x, y), sl.TrainConfig(n_tokens=40, batch_size=40, lr=1e-9), progress=False)
     torch.testing.assert_close(clt.layers[1].W_enc, before, atol=1e-5, rtol=0)
+
+
+def test_a_layers_file_knows_its_place_and_refuses_negative_codes(tmp_path):
+    made = foreign.circuit_tracer(tmp_path, jump=True, skip=True)
+    sae = foreign.load(tmp_path, made)
+    assert sae.provenance.model == "some/model" and sae.cfg.skip
+    assert (sae.provenance.hook_point, sae.provenance.hook_point_out) == (
+        "blocks.3.mlp.hook_in",
+        "blocks.3.hook_mlp_out",
+    )
+    (tmp_path / "config.yaml").unlink()
+    alone = sl.SAE.from_pretrained(tmp_path, made.file, model="m", hook_point="a", hook_point_out="b")
+    assert alone.provenance.hook_point == "a"
+    held = load_file(tmp_path / made.file)
+    held["activation_function.threshold"][2] = -0.5
+    save_file(held, tmp_path / made.file)
+    with pytest.raises(ValueError, match=r"Thresholds in .*layer_3.* at least 0, got -0.5"):
+        foreign.load(tmp_path, made)
