@@ -247,7 +247,7 @@ class CLT(CLTModule):
             write_layers(Path(folder), _name_layers(self))
             return
         origin = None if self.provenances is None else [one.to_dict() for one in self.provenances]
-        described = {"config": self.cfg.to_dict(), "provenance": origin, "training": self.training_}
+        described: dict[str, Any] = {"config": self.cfg.to_dict(), "provenance": origin, "training": self.training_}
         described |= {"placed": True} if self.placed else {}
         with replace_folder(folder, last=CONFIG, stale=(CONFIG, WEIGHTS)) as temp:
             save_tensors(temp / WEIGHTS, self.state_dict(), {"format": "pt"})

@@ -138,6 +138,18 @@ def test_decoding_writes_its_gradient_into_memory() -> None:
     assert not spare.isnan().any()
 
 
+def test_the_rate_is_that_of_the_widest_transcoder_and_half_where_latents_compete() -> None:
+    for activation, factor in (
+        (sl.TopK(k=3), 0.5),
+        (sl.BatchTopK(k=3), 0.5),
+        (sl.AbsTopK(k=3), 1),
+        (sl.ReLU(**PENALIZED), 1),
+    ):
+        trainee = TrainingCLT(make(activation=activation), RUN)
+        last = sl.sae.TrainingSAE(trainee.clt.layers[-1], RUN)
+        assert trainee.default_lr() == pytest.approx(factor * last.default_lr())
+
+
 # ---- runs
 
 

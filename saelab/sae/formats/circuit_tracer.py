@@ -185,9 +185,8 @@ def _read_layer(folder: Path, i: int, n: int) -> dict[str, Tensor]:
 
 def _require_positive(threshold: Tensor, place: Path) -> None:
     if bool((threshold < 0).any()):
-        raise ValueError(
-            f"Thresholds in {place} must be at least 0, got {float(threshold.min()):.3g}; below, codes would be negative."
-        )
+        lowest = float(threshold.min())
+        raise ValueError(f"Thresholds in {place} must be at least 0, got {lowest:.3g}; below, codes would be negative.")
 
 
 def _read_settings(path: Path) -> dict[str, str]:
