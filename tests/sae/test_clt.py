@@ -1,6 +1,7 @@
 """Cross-layer transcoders on disk, from joined activations, and with layers that do not fit."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -139,6 +140,7 @@ def test_thresholds_in_place_of_the_k_largest() -> None:
         counts = [codes.indices.bincount(minlength=D_SAE) for codes in (mine, others)]
         # folding a normalizer rounds pre-activations, of which two per latent lie next to its threshold
         assert (counts[0] - counts[1]).abs().max() <= 2
+    assert jumps.cfg.activation.penalty_target == pytest.approx(2, rel=0.02)  # of each layer, not of all
     assert type(jumps.cfg.activation) is sl.JumpReLU and jumps.places == clt.places
     with pytest.raises(ValueError, match="`to_jumprelu` must be given"):
         make(activation=sl.GroupMax(k=2)).to_jumprelu(x)
@@ -196,3 +198,18 @@ def test_a_layer_goes_on_from_its_weights() -> None:
     slow = sl.TrainConfig(n_tokens=40, batch_size=40, lr=1e-9)
     layer.fit((inputs[:][:, 2 * D :], targets[:][:, 2 * D :]), slow, progress=False)
     torch.testing.assert_close(layer.W_dec, before, atol=1e-5, rtol=0)
+
+
+def test_layers_start_from_different_weights() -> None:
+    cfg = make().cfg
+    rows = [layer.W_dec[:, :D] for seed in (0, 1) for layer in CLT(cfg, seed=seed).layers]
+    assert all(not torch.allclose(one, other) for i, one in enumerate(rows) for other in rows[:i])
+
+
+def test_a_layer_has_the_norm_of_what_it_writes() -> None:
+    clt = make()
+    first = [replace(ORIGIN.at(name), median_norm=1.0 + i) for i, pair in enumerate(PLACES) for name in pair[:1]]
+    then = [replace(ORIGIN.at(pair[1]), median_norm=10.0 + i) for i, pair in enumerate(PLACES)]
+    clt.provenances = tuple(read.paired(written) for read, written in zip(first, then, strict=True))
+    origin = clt.layer(0, writes=2).provenance
+    assert origin is not None and (origin.median_norm, origin.median_norm_out) == (1.0, 12.0)
