@@ -29,6 +29,7 @@ import saelab as sl
 from saelab.cli.descriptions import describe_folder
 from saelab.labels.label import Label, read_entries
 from saelab.labels.label_store import LabelStore
+from saelab.sae import CLT, CLTConfig
 from saelab.stores.files import save_tensors
 from tests import foreign
 
@@ -99,6 +100,22 @@ def write_labels(folder: Path) -> None:
 
 
 # ---- what reads it
+def write_clt(folder: Path, format: str) -> None:
+    clt = CLT(CLTConfig(n_layers=2, d_in=8, d_sae=16, activation=sl.ReLU(target_l0=4.0)))
+    first = activations().provenance
+    clt.provenances = tuple(
+        first.at(f"blocks.{i}.mlp.hook_in").paired(first.at(f"blocks.{i}.hook_mlp_out")) for i in range(2)
+    )
+    clt.save_pretrained(folder, format)
+
+
+def read_clt(folder: Path, made: Any) -> None:
+    clt = CLT.from_pretrained(folder)
+    clt(torch.ones(3, 16))
+    clt.layer(1)
+    repr(clt)
+
+
 def read_sae(folder: Path, made: Any) -> None:
     if made is None:
         describe_folder(folder)
@@ -166,6 +183,8 @@ KINDS = [
     Kind("run", lambda folder: train(folder, resume=False) and None, read_run),
     Kind("labels", write_labels, read_labels),
     Kind("map", write_map, read_map),
+    Kind("cross-layer", lambda folder: write_clt(folder, "saelab"), read_clt),
+    Kind("circuit-tracer", lambda folder: write_clt(folder, "circuit_tracer"), read_clt),
     *foreign_kinds(),
 ]
 

@@ -1,4 +1,4 @@
-"""`split_by_head`: direct effects head by head, and `head_overlap`: what one head writes and another reads."""
+"""`split_by_head`: direct effects on a feature or a logit, head by head."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float
 
 from saelab.circuits.graph import NodeTable
-from saelab.circuits.linear_effects import BIAS, HALF_TOLERANCE, TOLERANCE, LinearEffects, read_written
+from saelab.circuits.linear_effects import BIAS, LinearEffects, allow_error, read_written
 from saelab.circuits.placement import Dictionaries, find_stack, place_dictionaries
 from saelab.interventions.prompt_metrics import Prompt, read_one_text
 from saelab.lm.hook_points import hook_points_of
@@ -158,6 +158,8 @@ def attention_score(
     >>> abs(float(found.pairs.sum()) - found.score) < 1e-4
     True
     """
+    if not isinstance(head, Sequence) or len(head) != 2:
+        raise ValueError(f"`head` must be (layer, head), got {head!r}.")
     target = ScoreTarget(*head, key=key, query=query, against=against)
     attention = find_attention(model, target)
     placement = place_dictionaries(
@@ -227,7 +229,7 @@ class ScoreSplit:
         summed = factor * queries.sum(0) @ keys.sum(0) + offset
         size = abs(factor) * float(np.linalg.norm(queries.sum(0)) * np.linalg.norm(keys.sum(0)))
         error = float(abs(summed - score) / max(abs(score), size / len(queries[0]) ** 0.5, 1e-30))
-        _require_complete(model, error)
+        _require_complete(model, error, allow_error(model, effects.written))
         return cls(float(score), float(offset), factor * queries, keys, error)
 
 
@@ -243,9 +245,7 @@ def _split_vector(
     return np.concatenate([found.astype(np.float64), rest[None]])
 
 
-def _require_complete(model: Model, error: float) -> None:
-    half = next(model.parameters()).dtype in (torch.float16, torch.bfloat16)
-    allowed = HALF_TOLERANCE if half else TOLERANCE
+def _require_complete(model: Model, error: float, allowed: float) -> None:
     if not error <= allowed:
         raise ValueError(
             f"The parts of a score must add up to it within {allowed:g}, got a difference of {error:.2g} on this "

@@ -9,7 +9,7 @@ from jaxtyping import Float
 
 from saelab.circuits.graph import KINDS, AttributionGraph, NodeKind
 from saelab.circuits.graph_scores import SupernodeGraph
-from saelab.stores.feature_names import FeatureNames, name_sides
+from saelab.stores.feature_names import FeatureNames, name_sides, require_names
 from saelab.stores.results import Result
 
 LinkType = Literal["input", "output", "either", "both"]
@@ -109,6 +109,8 @@ def name_nodes(graph: AttributionGraph, labels: NodeLabels | None = None) -> lis
             f"`labels` must have hook points of the graph's dictionaries, got {unknown[0]!r}; "
             f"there are {list(graph.dictionaries)[:5]}."
         )
+    for names in (labels or {}).values():
+        require_names(names)
     logits = dict(zip(np.flatnonzero(graph.is_kind("logit")).tolist(), graph.logit_tokens, strict=False))
     named = {
         hook: _name_features(graph, i, (labels or {})[hook])

@@ -24,7 +24,7 @@ EMBEDDING, FEATURE, ERROR, BIAS, LOGIT, SCORE = range(len(KINDS))
 TOLERANCE = 1e-4
 """largest difference of a sum of effects from the value, relative to it"""
 HALF_TOLERANCE = 0.05
-"""the same for models in half precision, whose products are rounded after the third digit"""
+"""the same for models or dictionaries in half precision, whose products are rounded after the third digit"""
 
 
 @dataclass(frozen=True, eq=False)
@@ -143,6 +143,12 @@ def _write_parts(
             for point, part in zip(one.later, later, strict=True)
         },
     )
+
+
+def allow_error(model: Model, written: Sequence[Written]) -> float:
+    """Largest difference of a sum of effects from the value that rounding explains, relative to it."""
+    dtypes = [next(model.parameters()).dtype, *(one.dictionary.sae.dtype for one in written if one.dictionary)]
+    return HALF_TOLERANCE if any(dtype in (torch.float16, torch.bfloat16) for dtype in dtypes) else TOLERANCE
 
 
 @dataclass(frozen=True, eq=False)

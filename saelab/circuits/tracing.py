@@ -15,13 +15,12 @@ from saelab.circuits.linear_effects import (
     BIAS,
     ERROR,
     FEATURE,
-    HALF_TOLERANCE,
     LOGIT,
     LOGITS,
     SCORE,
-    TOLERANCE,
     LinearEffects,
     Targets,
+    allow_error,
     read_written,
 )
 from saelab.circuits.placement import Dictionaries, place_dictionaries
@@ -295,8 +294,7 @@ class _Tracing:
 
 def _require_complete(model: Model, tracing: _Tracing) -> None:
     """ValueError where the effects do not add up to the values of the targets."""
-    half = next(model.parameters()).dtype in (torch.float16, torch.bfloat16)
-    worst, allowed = tracing.miss, HALF_TOLERANCE if half else TOLERANCE
+    worst, allowed = tracing.miss, allow_error(model, tracing.effects.written)
     if not worst <= allowed:
         raise ValueError(
             f"Direct effects must add up to the values of their targets within {allowed:g}, got a difference of "

@@ -16,6 +16,7 @@ from saelab.sae.activation_functions import BatchTopK, JumpReLU, ReLU
 from saelab.sae.cross_layer import CLTConfig, CLTModule
 from saelab.sae.fitting import MAX_TOKENS, hold_out, open_data, open_run
 from saelab.sae.formats.circuit_tracer import LayerFiles, name_places, read_layers, write_layers
+from saelab.sae.formats.registry import CIRCUIT_TRACER, CROSS_LAYER, require_room
 from saelab.sae.pretrained import fill, on_meta
 from saelab.sae.sae import SAE
 from saelab.sae.training_clt import TrainingCLT, finish_clt
@@ -29,9 +30,9 @@ from saelab.training.config import Batches, TrainConfig
 from saelab.training.loop import HistoryEntry, Sink, TrainingRun, train
 from saelab.training.prefetch import prefetch
 
-SCHEMA_VERSION, KIND = 1, "cross_layer_transcoder"
+SCHEMA_VERSION = 1
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
-FORMATS = ("saelab", "circuit_tracer")
+FORMATS = ("saelab", CIRCUIT_TRACER)
 BLOCK = re.compile(r"blocks\.(\d+)\.")
 LayerData: TypeAlias = (
     Activations
@@ -65,6 +66,7 @@ class CLT(CLTModule):
         """origin of the pairs of each layer"""
         self.training_: dict[str, Any] | None = None
         self.history_: list[HistoryEntry] = []
+        self.placed = False  # whether its weights are what training is to start from
         self.name_or_path = ""
 
     def fit(
@@ -117,11 +119,19 @@ class CLT(CLTModule):
         kept = None
         if held_out is not None:
             kept = held_out if isinstance(held_out, Tensor) else open_data(held_out)[:]  # type: ignore[index]
+            due = self.cfg.n_layers * (self.cfg.d_in + self.cfg.d_target)
+            if kept.shape[1:] != (due,):
+                raise ValueError(
+                    f"`held_out` must have the inputs of all layers with all outputs appended, of width {due}, got "
+                    f"shape {tuple(kept.shape)}; give (inputs, targets) as for training."
+                )
         batches = acts
         if not isinstance(acts, Batches):
             batches, kept = hold_out(acts, cfg, kept, neighbors=False)
             batches = prefetch(batches, self.device)
-        return open_run([TrainingCLT(self, cfg, self.training_ is not None)], batches, cfg, kept, out, resume)
+        return open_run(
+            [TrainingCLT(self, cfg, self.placed or self.training_ is not None)], batches, cfg, kept, out, resume
+        )
 
     def layer(self, number: int, writes: int | None = None) -> SAE:
         """The transcoder that a layer's latents are, copied, with the normalizers folded in.
@@ -160,6 +170,7 @@ class CLT(CLTModule):
                 hook_point_out=target.hook_point_out,
                 median_norm_out=target.median_norm_out,
             )
+        sae.placed = self.placed or self.training_ is not None
         sae.name_or_path = f"{self.name_or_path}#layer {number}" if self.name_or_path else ""
         return sae
 
@@ -186,13 +197,14 @@ class CLT(CLTModule):
             sample: inputs of all layers side by side, many more tokens than latents of a layer.
 
         Raises:
-            ValueError: as `SAE.to_jumprelu`.
+            ValueError: as `SAE.to_jumprelu`, and for a sample of another width than that of all layers.
 
         >>> x = torch.randn(200, 8, generator=torch.Generator().manual_seed(0))
         >>> clt = CLT(CLTConfig(n_layers=2, d_in=4, d_sae=16, activation=sl.TopK(k=2)), seed=0)
         >>> clt.to_jumprelu(x).encode(x).count_nonzero(2).float().mean(0)
         tensor([2., 2.])
         """
+        self.require_inputs(sample)
         parts = sample.split(self.cfg.d_in, dim=-1)
         layers = [self.layer(i).to_jumprelu(x) for i, x in enumerate(parts)]
         first = layers[0].cfg.activation
@@ -205,6 +217,7 @@ class CLT(CLTModule):
 
     def _describe_as(self, other: "CLT") -> "CLT":
         other.provenances, other.training_, other.name_or_path = self.provenances, self.training_, self.name_or_path
+        other.placed = self.placed
         return other
 
     @property
@@ -224,18 +237,21 @@ class CLT(CLTModule):
 
         Raises:
             ValueError: with the reason, for what the other format cannot express: codes that are chosen otherwise than
-                by a threshold (see `to_jumprelu`), and layers that it has no names for.
+                by a threshold (see `to_jumprelu`), and layers that it has no names for; and for a folder that holds an
+                SAE, or a cross-layer transcoder in the other format.
         """
         if format not in FORMATS:
             raise ValueError(f"`format` must be one of {list(FORMATS)}, got '{format}'.")
-        if format == "circuit_tracer":
+        require_room(Path(folder), CROSS_LAYER if format == "saelab" else format)
+        if format == CIRCUIT_TRACER:
             write_layers(Path(folder), _name_layers(self))
             return
         origin = None if self.provenances is None else [one.to_dict() for one in self.provenances]
-        described = {"config": self.cfg.to_dict(), "provenance": origin, "training": self.training_}
+        described: dict[str, Any] = {"config": self.cfg.to_dict(), "provenance": origin, "training": self.training_}
+        described |= {"placed": True} if self.placed else {}
         with replace_folder(folder, last=CONFIG, stale=(CONFIG, WEIGHTS)) as temp:
             save_tensors(temp / WEIGHTS, self.state_dict(), {"format": "pt"})
-            write_json(temp / CONFIG, {"schema_version": SCHEMA_VERSION, "kind": KIND, **described}, sealed=True)
+            write_json(temp / CONFIG, {"schema_version": SCHEMA_VERSION, "kind": CROSS_LAYER, **described}, sealed=True)
         self.name_or_path = str(folder)
 
     @classmethod
@@ -277,16 +293,18 @@ class CLT(CLTModule):
         if not (place / CONFIG).is_file():
             return cls._compose(place, dtype, model, weight_processing)
         described = read_json(place / CONFIG)
-        if not isinstance(described, dict) or described.get("kind") != KIND:
+        if not isinstance(described, dict) or described.get("kind") != CROSS_LAYER:
             raise ValueError(
-                f"{place / CONFIG} must describe a cross-layer transcoder ('kind': '{KIND}'), got another."
+                f"{place / CONFIG} must describe a cross-layer transcoder ('kind': '{CROSS_LAYER}'), got another."
             )
         if (version := described.get("schema_version")) != SCHEMA_VERSION:
             raise ValueError(
                 f"{place / CONFIG} must have schema_version {SCHEMA_VERSION}, got {version}; upgrade saelab."
             )
         with naming(place / CONFIG):
-            refuse_unknown(described, ["schema_version", "kind", "config", "provenance", "training", SEAL], "It")
+            refuse_unknown(
+                described, ["schema_version", "kind", "config", "provenance", "training", "placed", SEAL], "It"
+            )
             cfg = CLTConfig.from_dict(described.get("config"))  # type: ignore[arg-type]
             origin = described.get("provenance")
             places = None if origin is None else tuple(Provenance.from_dict(one) for one in origin)
@@ -296,6 +314,7 @@ class CLT(CLTModule):
         fill(clt, {name: t.to(dtype) for name, t in load_tensors(place / WEIGHTS).items()}, place)
         read_sealed(place / CONFIG)[1]()
         clt.provenances, clt.training_ = places, described.get("training")
+        clt.placed = described.get("placed") is True
         return clt
 
     @classmethod
@@ -332,6 +351,7 @@ class CLT(CLTModule):
             if held.thresholds is not None:
                 tensors[f"layers.{i}.threshold"] = held.thresholds[i].to(dtype)
         fill(clt, tensors, place)
+        clt.placed = True
         clt.provenances = held.make_provenances(weight_processing)
         return clt
 

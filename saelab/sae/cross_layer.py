@@ -160,8 +160,8 @@ class CLTModule(nn.Module):
         """Dtype of the weights."""
         return self.b_dec.dtype
 
-    def split(self, x: Float[Tensor, "*batch d_read"]) -> list[Float[Tensor, "*batch d_in"]]:
-        """Normalized inputs of each layer, from those of all side by side; ValueError for another width."""
+    def require_inputs(self, x: Any) -> None:
+        """Raise TypeError for what is no tensor, ValueError for one that is not the inputs of all layers."""
         cfg = self.cfg
         if not isinstance(x, Tensor):
             raise TypeError(
@@ -172,7 +172,11 @@ class CLTModule(nn.Module):
                 f"Activations must have the inputs of {cfg.n_layers} layers of d_in {cfg.d_in} side by side, got shape "
                 f"{tuple(x.shape)}; join them in the order of the layers: Activations.join."
             )
-        parts = x.to(self.b_dec).split(cfg.d_in, dim=-1)
+
+    def split(self, x: Float[Tensor, "*batch d_read"]) -> list[Float[Tensor, "*batch d_in"]]:
+        """Normalized inputs of each layer, from those of all side by side; ValueError for another width."""
+        self.require_inputs(x)
+        parts = x.to(self.b_dec).split(self.cfg.d_in, dim=-1)
         return [normalizer.normalize(part) for normalizer, part in zip(self.normalizers, parts, strict=True)]
 
     @in_own_dtype

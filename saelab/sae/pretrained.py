@@ -196,8 +196,9 @@ def check_weights(name: str, tensor: Tensor, place: Path) -> None:
     """
     if bool(tensor.sum().isfinite()):
         return
-    wrong = tensor.isnan() if name == "threshold" else ~tensor.isfinite()
-    if bool(wrong.any()) and not (name == "threshold" and tensor.ndim == 0):
+    is_threshold = name.rpartition(".")[2] == "threshold"  # of a cross-layer transcoder in `layers`
+    wrong = tensor.isnan() if is_threshold else ~tensor.isfinite()
+    if bool(wrong.any()) and not (is_threshold and tensor.ndim == 0):
         where = wrong.nonzero()[0].tolist()
         raise ValueError(
             f"The weights in {place} must be finite, {int(wrong.sum())} of {tensor.numel()} in {name} are NaN or "

@@ -218,6 +218,7 @@ class SAE(SAEModule):
         if format == OWN:
             check_config(source.folder)  # last, as the other messages are more precise
         sae.provenance, sae.training_, sae.origin = provenance, training, origin
+        sae.placed = origin is not None  # trained elsewhere, so that `fit` goes on from there
         return sae
 
     def push_to_hub(

@@ -185,6 +185,13 @@ def test_places_that_are_none_are_refused_before_any_pass(tiny, monkeypatch, opt
         )
 
 
+@unchecked()
+@pytest.mark.parametrize("head", [2, (2,), (2, 1, 0)])
+def test_a_head_has_a_layer(tiny, head) -> None:
+    with pytest.raises(ValueError, match=r"`head` must be \(layer, head\), got"):
+        attention_score(tiny, cover(tiny), PROMPT, head=head, key=2)
+
+
 def test_models_without_such_scores_are_refused() -> None:
     bloom = load("BloomForCausalLM")
     with pytest.raises(ValueError, match="must be products of queries and keys"):

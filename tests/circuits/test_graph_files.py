@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from graphs_made import make_graph
+from unchecked import unchecked
 
 import saelab as sl
 from saelab.circuits import (
@@ -156,6 +157,12 @@ def test_logits_without_probability_count_the_same() -> None:
     made = [influence_shares(replace(graph, activations=x, target_weights=None)) for x in (blank, even)]
     for one, other in zip(*made, strict=True):
         assert np.allclose(one, other, atol=1e-12)
+
+
+@unchecked()
+def test_the_path_of_a_store_is_no_label_store(graph: AttributionGraph) -> None:
+    with pytest.raises(TypeError, match="or a label store, got str; open a store"):
+        group_by_label(graph, {graph.dictionaries[0]: "a/store"})  # type: ignore[dict-item]
 
 
 def test_labels_are_those_of_the_code_s_side(graph: AttributionGraph, tmp_path: Path) -> None:

@@ -369,6 +369,7 @@ def placed(tiny: Any, tiny_tokens: Any) -> sl.SAE:
     [
         ([("blocks.0.mlp.hook_in", "blocks.1.hook_mlp_out")], {}, "must read and write in one block"),
         ([("blocks.0.hook_mlp_out", "blocks.0.hook_attn_out")], {}, "must read before it writes"),
+        ([("blocks.0.hook_mlp_out", "blocks.0.mlp.hook_out")], {}, "must read before it writes"),
         (["blocks.0.mlp.out.hook_in"], {"is_transcoder": False}, "must be one of its output"),
         ([ATTENTION, "blocks.1.attn.hook_out"], {"is_transcoder": False}, "one dictionary, got two"),
         ([("blocks.0.mlp.hook_in", "blocks.0.hook_mlp_out")], {"width": 16}, r"model's width \(32\)"),

@@ -162,3 +162,8 @@ def test_the_provenance_tells_the_hook_points() -> None:
     with pytest.raises(ValueError, match="must be used where it was trained"):
         trace(other, clt, PROMPT)
     assert trace(other, clt, PROMPT, allow_mismatch=True).completeness_error < 1e-4
+
+
+def test_a_transcoder_in_half_precision_is_traced_to_its_own_rounding(model: Any) -> None:
+    clt = make_clt().bfloat16()
+    assert 1e-4 < trace(model, {PLACES: clt}, PROMPT).completeness_error < 0.05

@@ -1,6 +1,7 @@
 """Cross-layer transcoders on disk, from joined activations, and with layers that do not fit."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -139,6 +140,76 @@ def test_thresholds_in_place_of_the_k_largest() -> None:
         counts = [codes.indices.bincount(minlength=D_SAE) for codes in (mine, others)]
         # folding a normalizer rounds pre-activations, of which two per latent lie next to its threshold
         assert (counts[0] - counts[1]).abs().max() <= 2
+    assert jumps.cfg.activation.penalty_target == pytest.approx(2, rel=0.02)  # of each layer, not of all
     assert type(jumps.cfg.activation) is sl.JumpReLU and jumps.places == clt.places
     with pytest.raises(ValueError, match="`to_jumprelu` must be given"):
         make(activation=sl.GroupMax(k=2)).to_jumprelu(x)
+
+
+def test_a_folder_holds_one_dictionary(tmp_path: Path) -> None:
+    clt = make(activation=sl.BatchTopK(k=2)).fit(collect(), RUN, progress=False)
+    clt.save_pretrained(tmp_path / "own")
+    clt.save_pretrained(tmp_path / "own")  # over an older one
+    with pytest.raises(ValueError, match=r"must hold one SAE.*one of cross_layer_transcoder"):
+        clt.save_pretrained(tmp_path / "own", "circuit_tracer")
+    clt.save_pretrained(tmp_path / "theirs", "circuit_tracer")
+    clt.save_pretrained(tmp_path / "theirs", "circuit_tracer")
+    sae = clt.layer(0)
+    for folder, format, one in (("theirs", "saelab", clt), ("theirs", "saelab", sae), ("own", "saelab", sae)):
+        with pytest.raises(ValueError, match="must hold one SAE"):
+            one.save_pretrained(tmp_path / folder, format)
+    sae.save_pretrained(tmp_path / "sae")
+    for format in ("saelab", "circuit_tracer"):
+        with pytest.raises(ValueError, match="one of saelab"):
+            clt.save_pretrained(tmp_path / "sae", format)
+    assert same(CLT.from_pretrained(tmp_path / "own"), clt)
+
+
+def test_a_threshold_may_be_infinite_or_not_yet_trained(tmp_path: Path) -> None:
+    clt = make(activation=sl.JumpReLU(target_l0=2.0))
+    with torch.no_grad():
+        clt.layers[1].threshold[3] = torch.inf  # never active
+    clt.save_pretrained(tmp_path / "inf")
+    assert same(CLT.from_pretrained(tmp_path / "inf"), clt)
+    make(activation=sl.BatchTopK(k=2)).save_pretrained(tmp_path / "new")
+    assert CLT.from_pretrained(tmp_path / "new").layers[0].threshold.isnan()
+    with torch.no_grad():
+        clt.layers[1].threshold[3] = torch.nan
+    clt.save_pretrained(tmp_path / "nan")
+    with pytest.raises(ValueError, match="must be finite"):
+        CLT.from_pretrained(tmp_path / "nan")
+
+
+def test_a_sample_and_held_out_tokens_have_all_layers() -> None:
+    clt, x = make(), torch.randn(200, N * D, generator=torch.Generator().manual_seed(1))
+    for sample in (x[:, :D], torch.cat([x, x], 1)):
+        with pytest.raises(ValueError, match="the inputs of 3 layers of d_in 4 side by side"):
+            clt.to_jumprelu(sample)
+    inputs, targets = collect()
+    with pytest.raises(ValueError, match=r"`held_out` must have the inputs of all layers.* of width 24, got"):
+        clt.fit((inputs, targets), RUN, held_out=x, progress=False)
+
+
+def test_a_layer_goes_on_from_its_weights() -> None:
+    clt = make().fit(collect(), RUN, progress=False)
+    layer = clt.layer(2)
+    before = layer.W_dec.detach().clone()
+    inputs, targets = collect(seed=1)
+    slow = sl.TrainConfig(n_tokens=40, batch_size=40, lr=1e-9)
+    layer.fit((inputs[:][:, 2 * D :], targets[:][:, 2 * D :]), slow, progress=False)
+    torch.testing.assert_close(layer.W_dec, before, atol=1e-5, rtol=0)
+
+
+def test_layers_start_from_different_weights() -> None:
+    cfg = make().cfg
+    rows = [layer.W_dec[:, :D] for seed in (0, 1) for layer in CLT(cfg, seed=seed).layers]
+    assert all(not torch.allclose(one, other) for i, one in enumerate(rows) for other in rows[:i])
+
+
+def test_a_layer_has_the_norm_of_what_it_writes() -> None:
+    clt = make()
+    first = [replace(ORIGIN.at(name), median_norm=1.0 + i) for i, pair in enumerate(PLACES) for name in pair[:1]]
+    then = [replace(ORIGIN.at(pair[1]), median_norm=10.0 + i) for i, pair in enumerate(PLACES)]
+    clt.provenances = tuple(read.paired(written) for read, written in zip(first, then, strict=True))
+    origin = clt.layer(0, writes=2).provenance
+    assert origin is not None and (origin.median_norm, origin.median_norm_out) == (1.0, 12.0)

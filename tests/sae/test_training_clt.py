@@ -12,7 +12,8 @@ from saelab.functional import compiled, sparse_products
 from saelab.functional.codes import decode_entries, weighted_error
 from saelab.functional.compiled import has_numba
 from saelab.functional.sparse_products import Entries, GradientMemory
-from saelab.sae import CLT, AbsJumpReLU, CLTConfig, Log1pReLU, Sparsemax, TrainingCLT
+from saelab.sae import CLT, AbsJumpReLU, CLTConfig, Log1pReLU, Sparsemax, TrainingCLT, TrainingSAE
+from saelab.sae.training_clt import _LayerCodes
 
 N, D_IN, D_OUT, D_SAE = 3, 6, 5, 24
 RUN = sl.TrainConfig(n_tokens=12 * 40, batch_size=40, log_every_tokens=80, save_every_tokens=160, n_held_out=50)
@@ -136,6 +137,73 @@ def test_decoding_writes_its_gradient_into_memory() -> None:
     z = torch.zeros(3, 5).index_put((entries.rows, entries.indices), values.detach())
     torch.testing.assert_close(W.grad, 2 * z.T @ (z @ W.detach()))
     assert not spare.isnan().any()
+
+
+def test_the_rate_is_that_of_the_widest_transcoder_and_half_where_latents_compete() -> None:
+    for activation, factor in (
+        (sl.TopK(k=3), 0.5),
+        (sl.BatchTopK(k=3), 0.5),
+        (sl.AbsTopK(k=3), 1),
+        (sl.ReLU(**PENALIZED), 1),
+    ):
+        trainee = TrainingCLT(make(activation=activation), RUN)
+        last = TrainingSAE(trainee.clt.layers[-1], RUN)
+        assert trainee.default_lr() == pytest.approx(factor * last.default_lr())
+
+
+def test_encoders_start_at_the_scale_that_fits_all_layers_together() -> None:
+    clt, pairs = make(), torch.cat(draw(), 1)
+    trainee = TrainingCLT(clt, RUN)
+    trainee.prepare(pairs)
+    inputs, y = trainee.read(pairs)
+    torch.testing.assert_close(clt.b_dec, y.mean(0))
+    with torch.no_grad():
+        codes = [layer.encode(x) for layer, x in zip(clt.layers, inputs, strict=True)]
+        parts = [z @ layer.W_dec for layer, z in zip(clt.layers, codes, strict=True)]
+    made = sum(torch.nn.functional.pad(part, (i * D_OUT, 0)) for i, part in enumerate(parts))
+    best = (made * (y - y.mean(0))).sum() / made.square().sum()
+    torch.testing.assert_close(best, torch.tensor(1.0), rtol=1e-4, atol=0)  # codes scale with the encoders
+
+
+@pytest.mark.parametrize("dictionary", ["unit", "free"])
+def test_gradients_turn_rows_of_norm_1(dictionary: str) -> None:
+    clt, pairs = make(dictionary=dictionary), torch.cat(draw(), 1)
+    trainee = TrainingCLT(clt, RUN)
+    trainee.prepare(pairs)
+    trainee.differentiate(trainee.objective(pairs).total)
+    trainee.constrain_gradients()
+    for layer in clt.layers:
+        along = (layer.W_dec.grad * layer.W_dec).sum(1).abs() / layer.W_dec.grad.norm(dim=1).clamp(min=1e-12)
+        assert (along.max() < 1e-5) == (dictionary == "unit")
+
+
+def test_codes_just_below_their_threshold_move_it() -> None:
+    """Where few codes are near their thresholds, only those are found, and the gradients are those of the formula."""
+    activation = sl.JumpReLU(bandwidth=0.05, **PENALIZED)
+    clt, pairs = make(activation=activation, dictionary="free"), torch.cat(draw(600), 1)
+    trainee = TrainingCLT(clt, RUN)
+    trainee.prepare(pairs)
+    with torch.no_grad():
+        for layer, x in zip(clt.layers, trainee.read(pairs)[0], strict=True):
+            layer.threshold.copy_((x @ layer.W_enc + layer.b_enc).quantile(0.98, dim=0))
+            found = _LayerCodes.find(TrainingSAE(layer, RUN), x)
+            assert found.silent is not None and len(found.silent.rows) > 0
+    loss = expect(trainee, pairs)
+    objective = trainee.objective(pairs)
+    torch.testing.assert_close(objective.total, loss)
+    names, weights = zip(*clt.named_parameters(), strict=True)
+    made, wanted = (torch.autograd.grad(value, weights) for value in (objective.total, loss))
+    for name, one, other in zip(names, made, wanted, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6, msg=name)
+    assert all(grad.any() for name, grad in zip(names, wanted, strict=True) if "threshold" in name)
+
+
+def test_thresholds_stay_positive() -> None:
+    clt = make(activation=sl.JumpReLU(target_l0=3.0))
+    with torch.no_grad():
+        clt.layers[1].threshold[2] = -0.5
+    TrainingCLT(clt, RUN).constrain_weights()
+    assert all((layer.threshold > 0).all() for layer in clt.layers)
 
 
 # ---- runs

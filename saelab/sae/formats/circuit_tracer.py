@@ -15,6 +15,7 @@ activations only. So thresholds are lost there.
 import json
 import re
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 from torch import Tensor
@@ -25,12 +26,15 @@ from saelab.sae.formats.origin import ParsedSAE, SAEFacts
 from saelab.sae.formats.sources import SAEFiles, read_tensors, require_tensors
 from saelab.stores.files import replace_folder, save_tensors, write_atomic
 from saelab.stores.manifest import Provenance
+from saelab.stores.validation import naming
 
 CONFIG = "config.yaml"
 ENCODER = re.compile(r"W_(enc|dec)_(\d+)\.safetensors")
 LAYER = re.compile(r"layer_(\d+)\.safetensors")
 PARTS, THRESHOLD, SKIP = ("W_enc", "b_enc", "W_dec", "b_dec"), "activation_function.threshold", "W_skip"
 LINE = re.compile(r"(\w+):[ \t]*(.*?)[ \t]*")
+QUOTED = re.compile(r"'((?:[^']|'')*)'")
+NULLS = ("~", "null", "Null", "NULL")
 READ, WRITTEN, MODEL = "feature_input_hook", "feature_output_hook", "model_name"
 DEFAULTS = {READ: "hook_resid_mid", WRITTEN: "hook_mlp_out"}
 """hook points that circuit-tracer takes where its configuration names none"""
@@ -61,9 +65,8 @@ def read_transcoder(source: SAEFiles, overrides: SAEFacts) -> ParsedSAE:
             parts |= {ours: require_tensors(held, (theirs,), place)[theirs]}
     if SKIP in parts:
         parts[SKIP] = parts[SKIP].T
-    if "threshold" in parts and bool((parts["threshold"] < 0).any()):
-        lowest = float(parts["threshold"].min())
-        raise ValueError(f"Thresholds in {place} must be at least 0, got {lowest:.3g}; below, codes would be negative.")
+    if "threshold" in parts:
+        _require_positive(parts["threshold"], place)
     found, facts = LAYER.fullmatch(source.file), SAEFacts()
     if found and (source.folder / CONFIG).is_file():
         said = DEFAULTS | _read_settings(source.folder / CONFIG)
@@ -135,10 +138,10 @@ def read_layers(folder: Path) -> LayerFiles:
             f"{sorted(names)[:5]}. Check the path."
         )
     n = max(numbers) + 1
-    wanted = [f"W_{side}_{i}.safetensors" for i in range(n) for side in ("enc", "dec")]
-    if missing := [name for name in wanted if name not in names]:
+    wanted = (f"W_{side}_{i}.safetensors" for i in range(n) for side in ("enc", "dec"))
+    if missing := list(islice((name for name in wanted if name not in names), 5)):  # n may be anything
         raise FileNotFoundError(
-            f"{folder} must have encoder and decoder of each of its {n} layers, got no {missing[:5]}. Copy them, too."
+            f"{folder} must have encoder and decoder of each of its {n} layers, got no {missing}. Copy them, too."
         )
     held = [_read_layer(folder, i, n) for i in range(n)]
     jumps = ["threshold" in layer for layer in held]
@@ -170,10 +173,20 @@ def _read_layer(folder: Path, i: int, n: int) -> dict[str, Tensor]:
             f"{place} must have no skip connection, got W_skip_{i}, which saelab has in transcoders of a layer."
         )
     if f"threshold_{i}" in encoder:
-        found[f"threshold_{i}"] = encoder[f"threshold_{i}"]
+        found |= require_tensors(encoder, (f"threshold_{i}",), place)
+    if wrong := [name for name, tensor in found.items() if not tensor.is_floating_point()]:
+        raise ValueError(f"{place} must hold floating point weights, got {found[wrong[0]].dtype} for {wrong[0]}.")
+    if f"threshold_{i}" in found:
+        _require_positive(found[f"threshold_{i}"], place)
     if found[f"W_enc_{i}"].ndim != 2 or found[f"b_dec_{i}"].ndim != 1:
         raise ValueError(f"{place} must hold a matrix W_enc_{i} and a vector b_dec_{i}, got other shapes.")
     return {name.removesuffix(f"_{i}"): tensor for name, tensor in found.items()}
+
+
+def _require_positive(threshold: Tensor, place: Path) -> None:
+    if bool((threshold < 0).any()):
+        lowest = float(threshold.min())
+        raise ValueError(f"Thresholds in {place} must be at least 0, got {lowest:.3g}; below, codes would be negative.")
 
 
 def _read_settings(path: Path) -> dict[str, str]:
@@ -181,14 +194,27 @@ def _read_settings(path: Path) -> dict[str, str]:
     if not path.is_file():
         return {}
     found = {}
-    for line in path.read_text(encoding="utf-8").splitlines():
-        if (match := LINE.fullmatch(line.split(" #")[0])) and match[1] in (READ, WRITTEN, MODEL):
-            text = match[2]
-            quoted = len(text) > 1 and text[0] == text[-1] and text[0] in "'\""
-            found[match[1]] = text[1:-1] if quoted else text
-    if empty := [name for name, text in found.items() if not text or text[0] in "[{&*!|>"]:
-        raise ValueError(f"{path} must say a plain text for {empty}, got another value. Was it edited?")
+    with naming(path):
+        for line in path.read_text(encoding="utf-8").splitlines():
+            if (match := LINE.fullmatch(line)) and match[1] in (READ, WRITTEN, MODEL) and match[2] not in NULLS:
+                found[match[1]] = _read_scalar(match[1], match[2])
     return found
+
+
+def _read_scalar(name: str, text: str) -> str:
+    """A plain or quoted text of YAML, without the comment behind it."""
+    if text[:1] == '"':  # as JSON has it, but for rare escapes
+        found, end = json.JSONDecoder().raw_decode(text)
+    elif match := QUOTED.match(text):
+        found, end = match[1].replace("''", "'"), match.end()
+    else:
+        found, end = text.split(" #")[0].rstrip(), len(text)
+        if text[:1] in "[{&*!|>'#":
+            found = ""
+    rest = text[end:]
+    if not found or (rest.strip() and not rest.lstrip("\t ").startswith("#")):
+        raise ValueError(f"`{name}` must be a plain text, got {text!r}. Was it edited?")
+    return str(found)
 
 
 def write_layers(folder: Path, held: LayerFiles) -> None:

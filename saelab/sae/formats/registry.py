@@ -62,6 +62,8 @@ READERS = {
     ),
 }
 FORMATS = (OWN, *READERS)
+CROSS_LAYER, CIRCUIT_TRACER = "cross_layer_transcoder", "circuit_tracer"
+"""formats of cross-layer transcoders: saelab's own, by its kind, and circuit-tracer's"""
 
 
 def is_own(source: SAEFiles) -> bool:
@@ -71,16 +73,24 @@ def is_own(source: SAEFiles) -> bool:
 
 def is_cross_layer(source: SAEFiles) -> bool:
     """Whether a folder holds a cross-layer transcoder, of saelab or in circuit-tracer's files."""
-    own = source.has("config.json") and source.json("config.json").get("kind") == "cross_layer_transcoder"
-    return own or circuit_tracer.recognize(source.folder)
+    return is_own_cross_layer(source) or circuit_tracer.recognize(source.folder)
+
+
+def is_own_cross_layer(source: SAEFiles) -> bool:
+    """Whether the files are a cross-layer transcoder that saelab wrote."""
+    return source.has("config.json") and source.json("config.json").get("kind") == CROSS_LAYER
 
 
 def require_room(folder: Path, format: str) -> None:
-    """Raise ValueError where a folder holds an SAE of another format: with a second one, neither could be detected."""
+    """Raise ValueError where a folder holds an SAE of another format, or a cross-layer transcoder: with a second one,
+    neither could be detected.
+    """
     if not folder.is_dir():
         return
     source, others = SAEFiles.open(folder), []
-    for name, recognize in [(OWN, is_own), *((name, reader.recognize) for name, reader in READERS.items())]:
+    known = {OWN: is_own} | {name: reader.recognize for name, reader in READERS.items()}
+    known |= {CROSS_LAYER: is_own_cross_layer, CIRCUIT_TRACER: lambda source: circuit_tracer.recognize(source.folder)}
+    for name, recognize in known.items():
         with suppress(ValueError):  # damaged files may be written over
             others += [name] * (name != format and recognize(source))
     if others:

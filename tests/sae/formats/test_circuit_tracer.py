@@ -179,6 +179,9 @@ def test_files_that_do_not_fit_each_other(tmp_path: Path) -> None:
     change("W_enc_1", b_enc_1=torch.zeros(D_SAE + 1))
     with pytest.raises(ValueError, match="Layer 1 of 3"):
         CLT.from_pretrained(tmp_path)
+    change("W_enc_1", threshold_1=torch.full((D_SAE,), -0.5))
+    with pytest.raises(ValueError, match=r"Thresholds in .*W_enc_1.* at least 0, got -0\.5"):
+        CLT.from_pretrained(tmp_path)
     write(tmp_path, jumps=True)
     held = load_file(tmp_path / "W_enc_2.safetensors")
     save_file({name: t for name, t in held.items() if "threshold" not in name}, tmp_path / "W_enc_2.safetensors")
@@ -201,6 +204,57 @@ def test_a_folder_of_theirs_is_no_sae(tmp_path: Path) -> None:
     write(tmp_path, jumps=False)
     with pytest.raises(ValueError, match=r"CLT\.from_pretrained"):
         sl.SAE.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["mod\u00e8le", 'a"b', "it's", "a # b", "\u65e5\u672c"])
+def test_any_name_of_a_model_is_read_as_it_was_written(name: str, tmp_path: Path) -> None:
+    write(tmp_path / "theirs", jumps=True)
+    CLT.from_pretrained(tmp_path / "theirs", model=name).save_pretrained(tmp_path / "ours", "circuit_tracer")
+    again = CLT.from_pretrained(tmp_path / "ours")
+    assert again.provenances is not None and again.provenances[0].model == name
+    yaml = pytest.importorskip("yaml")
+    assert yaml.safe_load((tmp_path / "ours" / "config.yaml").read_text())["model_name"] == name
+
+
+@pytest.mark.parametrize(
+    ("text", "model"),
+    [("'it''s' # here", "it's"), ("a/b  # here", "a/b"), ("a#b", "a#b"), ("~", None), ("null", None)],
+)
+def test_texts_of_yaml(text: str, model: str | None, tmp_path: Path) -> None:
+    write(tmp_path, jumps=True, config=f"model_name: {text}\n")
+    found = CLT.from_pretrained(tmp_path).provenances
+    assert (found[0].model if found else None) == model
+
+
+@pytest.mark.parametrize("text", ['"cut', "'cut", '"a" b', "", "*anchor", "\udcff"])
+def test_texts_that_are_none(text: str, tmp_path: Path) -> None:
+    write(tmp_path, jumps=True)
+    (tmp_path / "config.yaml").write_bytes(f"model_name: {text}\n".encode("utf-8", "surrogateescape"))
+    with pytest.raises(ValueError, match=r"config\.yaml"):
+        CLT.from_pretrained(tmp_path)
+
+
+def test_numbers_and_dtypes_that_cannot_be(tmp_path: Path) -> None:
+    write(tmp_path / "far", jumps=True)
+    (tmp_path / "far" / "W_enc_999999999999.safetensors").write_bytes(b"")  # names are counted, none made up
+    with pytest.raises(FileNotFoundError, match=r"got no .*W_enc_3"):
+        CLT.from_pretrained(tmp_path / "far")
+    write(tmp_path / "int", jumps=True)
+    path = tmp_path / "int" / "W_dec_1.safetensors"
+    save_file({name: tensor.to(torch.int8) for name, tensor in load_file(path).items()}, path)
+    with pytest.raises(ValueError, match=r"floating point weights, got torch\.int8"):
+        CLT.from_pretrained(tmp_path / "int")
+
+
+@pytest.mark.filterwarnings("ignore:Each layer must have its target L0")
+def test_training_goes_on_from_what_was_read(tmp_path: Path) -> None:
+    write(tmp_path, jumps=True)
+    CLT.from_pretrained(tmp_path).save_pretrained(tmp_path / "own")
+    clt = CLT.from_pretrained(tmp_path / "own")
+    before = clt.layers[1].W_enc.detach().clone()
+    x, y = (torch.randn(200, N * D, generator=torch.Generator().manual_seed(seed)) for seed in (0, 1))
+    clt.fit((x, y), sl.TrainConfig(n_tokens=40, batch_size=40, lr=1e-9), progress=False)
+    torch.testing.assert_close(clt.layers[1].W_enc, before, atol=1e-5, rtol=0)
 
 
 def test_a_layers_file_knows_its_place_and_refuses_negative_codes(tmp_path):

@@ -74,6 +74,15 @@ def test_codes_and_reconstructions_are_the_sources(each: tuple[Path, Made], tmp_
     assert again.origin is not None and again.origin.format == made.format
 
 
+@pytest.mark.parametrize("each", ["saelens topk", "sparsify topk"], indirect=True)
+def test_training_goes_on_from_what_was_read(each: tuple[Path, Made], tmp_path: Path) -> None:
+    load(*each).save_pretrained(tmp_path / "own")
+    for sae in (load(*each), sl.SAE.from_pretrained(tmp_path / "own")):
+        before = sae.W_dec.detach().clone()
+        sae.fit(X, sl.TrainConfig(n_tokens=32, batch_size=32, lr=1e-9), progress=False)
+        torch.testing.assert_close(sae.W_dec, before, atol=1e-5, rtol=0)
+
+
 @pytest.mark.parametrize("each", WRITABLE, indirect=True)
 def test_there_and_back_changes_no_bit(each: tuple[Path, Made], tmp_path: Path) -> None:
     folder, made = each
