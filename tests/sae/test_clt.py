@@ -202,7 +202,11 @@ def test_a_layer_goes_on_from_its_weights() -> None:
 
 def test_layers_start_from_different_weights() -> None:
     cfg = make().cfg
-    rows = [layer.W_dec[:, :D] for seed in (0, 1) for layer in CLT(cfg, seed=seed).layers]
+    rows = [
+        torch.nn.functional.normalize(layer.W_dec[0, :D], dim=0)
+        for seed in (0, 1)
+        for layer in CLT(cfg, seed=seed).layers
+    ]
     assert all(not torch.allclose(one, other) for i, one in enumerate(rows) for other in rows[:i])
 
 
