@@ -1,6 +1,7 @@
 """The Chromium of this machine, and pages in it that must cause no fault."""
 
 import shutil
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -37,3 +38,13 @@ def open_page(browser: Any, is_own: Callable[[str], bool]) -> Iterator[Any]:
     yield made
     made.close()
     assert not faults
+
+
+def wait_until(page: Any, expression: str, arg: Any = None, seconds: float = 20) -> None:
+    """Wait until a JavaScript expression is true. It is asked for again from outside: the driver's own waiting evaluates
+    text inside of the page, which the page's policy forbids, once it is not true at first.
+    """
+    end = time.monotonic() + seconds
+    while not page.evaluate(expression, arg):
+        assert time.monotonic() < end, f"not true within {seconds} s: {expression}"
+        page.wait_for_timeout(20)

@@ -7,7 +7,7 @@ from itertools import pairwise
 from typing import Any
 
 import pytest
-from browsers import PHONE, open_page, run_chromium
+from browsers import PHONE, open_page, run_chromium, wait_until
 
 import saelab as sl
 
@@ -83,7 +83,7 @@ def test_a_reader_finds_a_feature_names_it_and_sends_its_address(server: Any, pa
     page.locator(".fcard h2", has_text=HOSTILE).wait_for()
     assert page.get_by_label("Note", exact=True).input_value() == "seen <b>today</b>"
     page.keyboard.press("/")
-    page.wait_for_function("document.activeElement.type === 'search'")
+    wait_until(page, "document.activeElement.type === 'search'")
     page.keyboard.type("onerror")
     has(page, f"1 of {D_SAE} features")
     assert page.locator(".rows .row").get_attribute("data-feature") == second and page.locator("img").count() == 0
@@ -260,7 +260,7 @@ def test_a_saved_widget_shows_its_last_answers_without_a_kernel(
             show(page, widget, kernel=False)
             wait_for(page, what)
             page.evaluate("is => { document.body.dataset.jpThemeLight = is; }", str(mode == "light").lower())
-            page.wait_for_function("mode => document.body.firstChild.dataset.theme === mode", arg=mode)
+            wait_until(page, "mode => document.body.firstChild.dataset.theme === mode", arg=mode)
             shown = page.evaluate("getComputedStyle(document.body.firstChild.shadowRoot.firstChild).backgroundColor")
             assert (mode, what, shown) == (mode, what, background)
             page.close()

@@ -14,7 +14,7 @@ from urllib.parse import parse_qs
 import numpy as np
 import pytest
 import torch
-from browsers import DESK, PHONE, open_page, run_chromium
+from browsers import DESK, PHONE, open_page, run_chromium, wait_until
 from graphs_made import make_graph
 
 import saelab as sl
@@ -252,7 +252,7 @@ def test_a_click_lists_inputs_and_outputs_by_weight(graph: AttributionGraph, add
     page.locator(f'h3:has-text("Inputs") + ol [data-end="{first}"]').click()
     assert state(page)["clickedId"] == make_node_ids(graph)[first]
     page.go_back()
-    page.wait_for_function(f"document.querySelector('.clicked').dataset.node === '{node}'")
+    wait_until(page, f"document.querySelector('.clicked').dataset.node === '{node}'")
 
 
 def test_pins_groups_and_names_are_in_the_address_and_in_a_file(
