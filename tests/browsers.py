@@ -41,8 +41,10 @@ def open_page(browser: Any, is_own: Callable[[str], bool]) -> Iterator[Any]:
 
 
 def wait_until(page: Any, expression: str, arg: Any = None, seconds: float = 20) -> None:
-    """Wait until a JavaScript expression is true. It is asked for again from outside: the driver's own waiting evaluates
-    text inside of the page, which the page's policy forbids, once it is not true at first.
+    """Wait until a JavaScript expression is true.
+
+    It is asked for from outside, again and again: the driver's own waiting evaluates text inside of the page, which the
+    page's policy forbids, once it is not true at first.
     """
     end = time.monotonic() + seconds
     while not page.evaluate(expression, arg):
