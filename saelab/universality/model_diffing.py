@@ -247,42 +247,20 @@ def diff_models(
     if acts.d_in != sae.cfg.d_in:
         raise ValueError(f"`acts` must be as wide as all sources together ({sae.cfg.d_in}), got {acts.d_in}.")
     columns = [find_columns(sae.cfg, name) for name in names]
-    widths = [part.stop - part.start for part in columns]
-    turned = sae.cfg.normalizer == "whiten"
-    if same_space is None:
-        same_space = not turned and widths[0] == widths[1] and _share_hook_point(acts, names)
-    if same_space and (turned or widths[0] != widths[1]):
-        raise ValueError(
-            "`same_space` must be False for sources of different widths or whitened apart, got widths "
-            f"{widths} and normalizer '{sae.cfg.normalizer}'."
-        )
+    same_space = _is_same_space(sae, acts, names, columns, same_space)
     found = _Sums.measure(sae, acts)
-    order = [source.name for source in sae.cfg.sources or ()]
-    norms = source_norms(sae).double()[[order.index(name) for name in names]]
-    stronger = norms.argmax(0)
-    weaker = 1 - stronger
-    d = [sae.W_dec.detach().double()[:, part] for part in columns]
-    row = torch.where((stronger == 0)[:, None], d[0], d[1]) if same_space else None
-    each = list(zip(columns, d, strict=True))
-    strength = torch.stack([_strength(found.errors[..., part] + d_m, found.spread, row) for part, d_m in each])
-    free = torch.stack([_strength(found.errors[..., part] + d_m, found.spread, None) for part, d_m in each])
-    carried = torch.stack([_strength(found.rebuilt[..., part], found.spread, row) for part in columns])
-    missed = torch.stack([_noise(found.missed[part, part], row, sae.cfg.d_sae) for part in columns])
-    spread = found.spread.sum((0, 2)).rsqrt()
-    nu, nu_r = _divide(strength, weaker, stronger), _divide(carried, weaker, stronger)
-    above = strength.gather(0, stronger[None])[0].abs().clamp(min=1e-30)
-    noise = missed.gather(0, weaker[None])[0] * spread / above
-    by_norm = _divide(norms, weaker, stronger)
-    ids, missed_frac = stronger.tolist(), found.missed.diagonal()
-    silent = found.firings == 0
-    unsure = (found.firings < min_count) | ~(noise <= absent / 4)
+    norms = _norms_of(sae, names)
+    ratios = _Ratios.measure(sae, found, norms, columns, same_space)
+    ids, missed_frac, silent = norms.argmax(0), found.missed.diagonal(), found.firings == 0
+    unsure = (found.firings < min_count) | ~(ratios.noise <= absent / 4)
+    judged = (x.tolist() for x in (ratios.error, ratios.reconstruction, ids, silent, unsure))
     kinds = tuple(
         "silent" if dead else "unsure" if open_ else _judge(x, y, s, absent, shared, decoupled)
-        for x, y, s, dead, open_ in zip(nu.tolist(), nu_r.tolist(), ids, silent.tolist(), unsure.tolist(), strict=True)
+        for x, y, s, dead, open_ in zip(*judged, strict=True)
     )
     plain = tuple(
         "silent" if dead else _judge(x, 0.0, s, absent, shared, 1.0)
-        for x, s, dead in zip(by_norm.tolist(), ids, silent.tolist(), strict=True)
+        for x, s, dead in zip(ratios.norm.tolist(), ids.tolist(), silent.tolist(), strict=True)
     )
     power = found.squares / found.n * norms.max(0).values.square()
     variance = torch.stack([found.variance[part].sum() for part in columns])
@@ -296,17 +274,85 @@ def diff_models(
         kinds=kinds,
         kinds_by_norm=plain,
         relative_norm=(norms[1] / norms.sum(0).clamp(min=1e-30)).cpu().numpy(),
-        nu_error=(nu + nan).cpu().numpy(),
-        nu_reconstruction=(nu_r + nan).cpu().numpy(),
-        nu_free=(_divide(free, weaker, stronger) + nan).cpu().numpy(),
-        noise=(noise + nan).cpu().numpy(),
+        nu_error=(ratios.error + nan).cpu().numpy(),
+        nu_reconstruction=(ratios.reconstruction + nan).cpu().numpy(),
+        nu_free=(ratios.free + nan).cpu().numpy(),
+        noise=(ratios.noise + nan).cpu().numpy(),
         firings=found.firings.cpu().numpy(),
-        variance_frac=(power / variance[stronger].clamp(min=1e-30)).cpu().numpy(),
+        variance_frac=(power / variance[ids].clamp(min=1e-30)).cpu().numpy(),
         fvu={
             name: float(missed_frac[part].sum() / found.variance[part].sum().clamp(min=1e-30))
             for name, part in zip(names, columns, strict=True)
         },
     )
+
+
+def _is_same_space(
+    sae: SAE, acts: Activations, names: tuple[str, str], columns: list[slice], given: bool | None
+) -> bool:
+    """Whether directions of both sources mean the same: as given, else as far as can be told; ValueError where they
+    cannot.
+    """
+    widths, turned = [part.stop - part.start for part in columns], sae.cfg.normalizer == "whiten"
+    possible = not turned and widths[0] == widths[1]
+    if given and not possible:
+        raise ValueError(
+            "`same_space` must be False for sources of different widths or whitened apart, got widths "
+            f"{widths} and normalizer '{sae.cfg.normalizer}'."
+        )
+    return possible and _share_hook_point(acts, names) if given is None else given
+
+
+def _norms_of(sae: SAE, names: tuple[str, str]) -> Float[Tensor, "2 d_sae"]:
+    """Norms of the decoder rows of two sources."""
+    order = [source.name for source in sae.cfg.sources or ()]
+    return source_norms(sae).double()[[order.index(name) for name in names]]
+
+
+@dataclass(frozen=True)
+class _Ratios:
+    """Of each latent what the source of the smaller norm has, over what that of the larger has."""
+
+    error: Float[Tensor, "d_sae"]
+    """strengths"""
+    free: Float[Tensor, "d_sae"]
+    """strengths in any direction"""
+    reconstruction: Float[Tensor, "d_sae"]
+    """strengths in the reconstruction alone"""
+    norm: Float[Tensor, "d_sae"]
+    noise: Float[Tensor, "d_sae"]
+    """standard deviation of `error` over shuffled pairings"""
+
+    @classmethod
+    def measure(
+        cls, sae: SAE, found: "_Sums", norms: Float[Tensor, "2 d_sae"], columns: list[slice], same_space: bool
+    ) -> "_Ratios":
+        """The ratios of two sources.
+
+        Args:
+            sae: the crosscoder.
+            found: sums over tokens.
+            norms: norms of the decoder rows of both.
+            columns: columns of each.
+            same_space: whether a direction of one is one of the other.
+        """
+        stronger = norms.argmax(0)
+        weaker = 1 - stronger
+        d = [sae.W_dec.detach().double()[:, part] for part in columns]
+        row = torch.where((stronger == 0)[:, None], d[0], d[1]) if same_space else None
+        each = list(zip(columns, d, strict=True))
+        strength = torch.stack([_strength(found.errors[..., part] + d_m, found.spread, row) for part, d_m in each])
+        free = torch.stack([_strength(found.errors[..., part] + d_m, found.spread, None) for part, d_m in each])
+        carried = torch.stack([_strength(found.rebuilt[..., part], found.spread, row) for part in columns])
+        missed = torch.stack([_noise(found.missed[part, part], row, sae.cfg.d_sae) for part in columns])
+        above = strength.gather(0, stronger[None])[0].abs().clamp(min=1e-30)
+        return cls(
+            error=_divide(strength, weaker, stronger),
+            free=_divide(free, weaker, stronger),
+            reconstruction=_divide(carried, weaker, stronger),
+            norm=_divide(norms, weaker, stronger),
+            noise=missed.gather(0, weaker[None])[0] * found.spread.sum((0, 2)).rsqrt() / above,
+        )
 
 
 def _strength(
