@@ -167,41 +167,13 @@ class TrainingCLT:
         }
         steps = []
         for one, found, x, start, penalty in zip(self.layers, coded, inputs, cfg.starts, penalties, strict=True):
-            step = self._step(one, found, x, y[:, start:], residual[:, start:], penalty, errors)
+            codes = StepCodes(errors, residual[:, start:], penalty, found.seen, found.sparse, found.dense)
+            step = one.make_step(x, y[:, start:], one.sae.W_dec, codes)
             own = _weigh(one, step)
             for name, loss in own.items():
                 terms[name] = terms.get(name, 0) + loss / cfg.n_layers
             steps.append(StepLosses(own, *found.seen, n_tokens=len(y), notes=step.notes))
         return _Losses(terms, torch.stack([found.seen[1] for found in coded]).sum(), steps)
-
-    def _step(
-        self,
-        one: TrainingSAE,
-        found: "_LayerCodes",
-        x: Tensor,
-        y: Tensor,
-        residual: Tensor,
-        penalty: Tensor | None,
-        errors: Tensor,
-    ) -> TrainingStep:
-        """What the terms of a layer read."""
-        return TrainingStep(
-            one.sae,
-            x,
-            y,
-            one.sae.W_dec,
-            errors,
-            residual,
-            penalty,
-            one.state,
-            share=one.share,
-            number=int(one.state["n_steps"]),
-            seed=self.cfg.seed,
-            dead_after_tokens=one.dead_after_tokens,
-            sparse=found.sparse,
-            dense=found.dense,
-            memory=one.memory,
-        )
 
     def differentiate(self, loss: Float[Tensor, ""]) -> SparseGradients:
         """Differentiate a loss: gradients are in `.grad` but for those returned, of wide weights."""

@@ -177,8 +177,27 @@ class TrainingSAE:
             y = y - x @ sae.W_skip  # the part that the latents reconstruct
         b_read = self.ranks.latents.share(sae.b_dec) if sae.cfg.d_out is None else None
         coded = self._code(x, y, W_dec, b_read)
-        step = TrainingStep(
-            sae,
+        return self.make_step(x, y, W_dec, coded, b_read), self._seen_by_all(coded.seen)
+
+    def make_step(
+        self,
+        x: Float[Tensor, "n_tokens d_in"],
+        y: Float[Tensor, "n_tokens d_out"],
+        W_dec: Float[Tensor, "d_sae d_out"],
+        coded: StepCodes,
+        b_read: Float[Tensor, "d_in"] | None = None,
+    ) -> TrainingStep:
+        """What the loss terms of a step read.
+
+        Args:
+            x: normalized inputs.
+            y: what the latents reconstruct.
+            W_dec: the decoder in this step.
+            coded: codes of the batch with their reconstruction errors.
+            b_read: bias that is subtracted from x; None where nothing is.
+        """
+        return TrainingStep(
+            self.sae,
             x,
             y,
             W_dec,
@@ -197,7 +216,6 @@ class TrainingSAE:
             b_read=b_read,
             memory=self.memory,
         )
-        return step, self._seen_by_all(coded.seen)
 
     def weigh(self, step: TrainingStep, seen: tuple[Tensor, Tensor, Tensor]) -> StepLosses:
         """The weighted losses of a step.
