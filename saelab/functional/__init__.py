@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from saelab.functional.rescoring import bound_rounding as bound_rounding, score as score
     from saelab.functional.row_topk import largest_latents as largest_latents, topk_latents as topk_latents
     from saelab.functional.screening import Precision as Precision
+    from saelab.functional.silent_codes import SilentCodes as SilentCodes
     from saelab.functional.sparse_products import (
         GradientMemory as GradientMemory,
         SparseGradient as SparseGradient,

@@ -73,6 +73,7 @@ if TYPE_CHECKING:
     from saelab.sae.sae import SAE as SAE, fit as fit
     from saelab.sae.soft_frozen import SoftFrozen as SoftFrozen
     from saelab.sae.source_views import relative_norms as relative_norms, source_norms as source_norms
+    from saelab.sae.step_codes import StepCodes as StepCodes
     from saelab.sae.training_clt import TrainingCLT as TrainingCLT
     from saelab.sae.training_sae import StepLosses as StepLosses, TrainingSAE as TrainingSAE
 
