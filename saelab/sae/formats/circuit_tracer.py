@@ -133,7 +133,9 @@ def check_layers(folder: Path, settings: dict[str, Any], parts: Mapping[str, Ten
     circuit-tracer has one setting for all of them, and where the folder holds a cross-layer transcoder.
     """
     if folder.is_dir() and recognize(folder):
-        raise ValueError(f"{folder} must hold transcoders of a layer each, got a cross-layer one. Choose another folder.")
+        raise ValueError(
+            f"{folder} must hold transcoders of a layer each, got a cross-layer one. Choose another folder."
+        )
     given = settings[CONFIG] or {}
     for name, held in _read_settings(folder / CONFIG).items() if given else ():
         if given.get(name, held) != held:

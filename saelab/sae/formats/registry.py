@@ -12,7 +12,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from saelab.sae.formats import circuit_tracer, dictionary_learning, gemma_scope, openai, openmoss, saelens, sparsify
+from saelab.sae.formats import (
+    circuit_tracer,
+    dictionary_learning,
+    gemma_scope,
+    openai,
+    openmoss,
+    overcomplete,
+    saelens,
+    sparsify,
+)
 from saelab.sae.formats.conventions import compose
 from saelab.sae.formats.origin import Origin, ParsedSAE, SAEFacts, dtype_name
 from saelab.sae.formats.sources import SAEFiles
@@ -59,6 +68,9 @@ READERS = {
     "qwen_scope": FormatReader(openai.recognize_qwen_scope, openai.read_qwen_scope, ()),
     "circuit_tracer": FormatReader(
         circuit_tracer.recognize_transcoder, circuit_tracer.read_transcoder, (circuit_tracer.CONFIG,)
+    ),
+    "overcomplete": FormatReader(
+        overcomplete.recognize, overcomplete.read, (overcomplete.CONFIG, overcomplete.WEIGHTS)
     ),
 }
 FORMATS = (OWN, *READERS)
@@ -169,6 +181,13 @@ WRITERS = {
         circuit_tracer.write_transcoder,
         circuit_tracer.CONFIG,
         check_folder=circuit_tracer.check_layers,
+    ),
+    "overcomplete": FormatWriter(
+        overcomplete.describe,
+        overcomplete.find_parts,
+        overcomplete.write,
+        overcomplete.CONFIG,
+        overcomplete.find_extras,
     ),
 }
 

@@ -67,6 +67,8 @@ def read(source: SAEFiles, overrides: SAEFacts) -> ParsedSAE:
     activation = overrides.activation or _choose_activation(cfg, ours, parts, place)
     if type(activation) is BatchTopK:
         parts["threshold"] = _one_threshold(parts.get("threshold", held.get("topk_threshold")), place)
+        if "threshold" not in held:  # under another name: kept, so that a change of it is noticed
+            extras["threshold"] = parts["threshold"]
     scale = _find_scale(cfg, source, overrides)
     how = Convention(
         activation=activation,

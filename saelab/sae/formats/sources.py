@@ -99,6 +99,9 @@ class Said(Metadata, total=False):
     apply_decoder_bias_to_pre_encoder: bool | None
     sparsity_include_decoder_norm: bool | None
     dataset_average_activation_norm: dict[str, float] | None
+    sae_class: str | None
+    arguments: dict[str, Any] | None
+    running_threshold: float | None
 
 
 def read_tensors(path: Path) -> Mapping[str, Any]:
@@ -156,7 +159,8 @@ def _read_pickle(path: Path) -> Mapping[str, Any]:
     ) as error:
         raise ValueError(
             f"{path} must be a whole PyTorch file of tensors and plain values, got {_name_cause(error)}. It was not "
-            "unpickled further: what it holds could run code. Ask for safetensors, or copy it again."
+            "unpickled further: what it holds could run code. Ask for safetensors; or, where it was made, save a "
+            "module's state instead of the module: torch.save(module.state_dict(), path)."
         ) from None
     if not isinstance(held, Mapping) or not all(isinstance(name, str) for name in held):
         raise ValueError(f"{path} must hold a dictionary of tensors by name, got a {type(held).__name__}.")

@@ -40,7 +40,9 @@ def place(layer: int, model: str = "some/model", read: str = "hook_resid_mid", t
     )
 
 
-def some_transcoder(activation: Any, layer: int = 0, skip: bool = False, normalizer: str = "none", **axes: Any) -> sl.SAE:
+def some_transcoder(
+    activation: Any, layer: int = 0, skip: bool = False, normalizer: str = "none", **axes: Any
+) -> sl.SAE:
     """Weights, biases and thresholds that are nothing special, one threshold 0; normalizers that were fitted."""
     cfg = sl.SAEConfig(
         **{"d_in": D, "d_sae": F, "d_out": D, "skip": skip, "normalizer": normalizer, "activation": activation} | axes
@@ -99,7 +101,7 @@ def test_a_folder_holds_all_layers_and_one_setting(tmp_path: Path) -> None:
 
     other = some_transcoder(ACTIVATIONS["relu"], 1)
     other.provenance = place(1, read="mlp.hook_in")
-    with pytest.raises(ValueError, match="agree on `feature_input_hook`, got 'mlp.hook_in' beside 'hook_resid_mid'"):
+    with pytest.raises(ValueError, match=r"agree on `feature_input_hook`, got 'mlp\.hook_in' beside 'hook_resid_mid'"):
         other.save_pretrained(tmp_path, "circuit_tracer")
     other.provenance = place(1, model="another/model")
     with pytest.raises(ValueError, match="agree on `model_name`"):
