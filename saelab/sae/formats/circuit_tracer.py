@@ -282,8 +282,8 @@ def _read_layer(folder: Path, i: int, n: int) -> dict[str, Tensor]:
 
 
 def _require_positive(threshold: Tensor, place: Path | str) -> None:
-    if bool((threshold < 0).any()):
-        lowest = float(threshold.min())
+    if bool((threshold.float() < 0).any()):  # 8-bit floats have no comparison
+        lowest = float(threshold.float().min())
         raise ValueError(f"Thresholds in {place} must be at least 0, got {lowest:.3g}; below, codes would be negative.")
 
 

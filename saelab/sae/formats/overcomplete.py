@@ -39,7 +39,7 @@ ROWS, FACTOR, THRESHOLDS, LEVELS = "dictionary._weights", "dictionary.multiplier
 POINTS, MIX, OFFSETS = "dictionary.C", "dictionary.W", "dictionary.Relax"
 NORM_EPS = 1e-5  # of PyTorch's BatchNorm1d, which the library leaves as it is
 SMALL = 1e-8  # what it adds to the norms that it divides by
-CLOSE = 1e-5  # rows whose norms are within this of 1 were normalized before they were saved
+CLOSE = 1e-5  # rows whose norms are within this of 1, or the dtype's precision, were normalized before they were saved
 READ = ("SAE", "TopKSAE", "BatchTopKSAE", "JumpSAE", "RATopKSAE", "RAJumpSAE")
 CLASSES: dict[type, str] = {ReLU: "SAE", TopK: "TopKSAE", JumpReLU: "JumpSAE", Gated: "JumpSAE", BatchTopK: "JumpSAE"}
 NORMALIZATIONS = ("l2", "max_l2", "l1", "max_l1", "identity")
@@ -157,7 +157,7 @@ def _read_dictionary(
     if ROWS not in held:
         delta = require_number({"delta": 1.0} | dict(arguments), "delta", place.parent / CONFIG) if said else None
         return _mix(held, delta, place).mul(factor).float(), False
-    rows = require_tensors(held, (ROWS,), place)[ROWS]
+    rows = _require_floats(held, (ROWS,), place)[ROWS]
     params = require_object(arguments.get("dictionary_params") or {}, "`dictionary_params`")
     kind = params.get("normalization", "l2") if said else _find_normalization(rows, place)
     if kind not in NORMALIZATIONS:
@@ -165,6 +165,17 @@ def _read_dictionary(
     if kind == "identity" or _is_normalized(rows, kind):
         return (rows, True) if factor == 1 else ((rows.double() * factor).float(), False)
     return (_normalize(rows.double(), kind) * factor).float(), False
+
+
+def _require_floats(held: Mapping[str, Any], names: tuple[str, ...], place: Path) -> dict[str, Tensor]:
+    found = require_tensors(held, names, place)
+    if wrong := [name for name, part in found.items() if not part.is_floating_point() or part.ndim != 2]:
+        got = found[wrong[0]]
+        raise ValueError(
+            f"{place} must hold matrices of floating-point numbers, got {got.dtype} of shape {tuple(got.shape)} for "
+            f"{wrong[0]}. Is it another file?"
+        )
+    return found
 
 
 def _norms(rows: Tensor, kind: str) -> Tensor:
@@ -180,7 +191,7 @@ def _normalize(rows: Tensor, kind: str) -> Tensor:
 
 def _is_normalized(rows: Tensor, kind: str) -> bool:
     norms = _norms(rows.float(), kind)
-    return bool((((norms - 1).abs() < CLOSE) | (norms == 0)).all())
+    return bool((((norms - 1).abs() < max(CLOSE, torch.finfo(rows.dtype).eps)) | (norms == 0)).all())
 
 
 def _find_normalization(rows: Tensor, place: Path) -> str:
@@ -201,16 +212,17 @@ def _mix(held: Mapping[str, Any], delta: float | None, place: Path) -> Tensor:
     """`W C + Relax` in float64, with rows of W on the simplex and rows of Relax up to the length `delta`, which None
     takes for done.
     """
-    points, mix, offsets = (tensor.double() for tensor in require_tensors(held, (POINTS, MIX, OFFSETS), place).values())
-    sums = mix.sum(1)
-    done = bool((mix >= 0).all()) and bool((((sums - 1).abs() < CLOSE) | (sums == 0)).all())
+    found = _require_floats(held, (POINTS, MIX, OFFSETS), place)
+    points, mix, offsets = (tensor.double() for tensor in found.values())
+    sums, near = mix.sum(1), max(CLOSE, torch.finfo(found[MIX].dtype).eps)
+    done = bool((mix >= 0).all()) and bool((((sums - 1).abs() < near) | (sums == 0)).all())
     if not done:
         if delta is None:
             raise ValueError(
                 f"{place} must hold an archetypal dictionary whose rows of W are shares, got sums from "
                 f"{sums.min():.4g} to {sums.max():.4g}: the module makes them so in eval(). Save it once more: "
-                'sae.eval(); torch.save(sae.state_dict(), path); or put config.json beside it, with {"sae_class": "RATopKSAE", '
-                '"arguments": {"top_k": 16, "delta": 1.0}}.'
+                "sae.eval(); torch.save(sae.state_dict(), path); or put config.json beside it, with "
+                '{"sae_class": "RATopKSAE", "arguments": {"top_k": 16, "delta": 1.0}}.'
             )
         mix = mix.relu() / (mix.relu().sum(1, keepdim=True) + SMALL)
         offsets = offsets * (delta / offsets.norm(dim=1, keepdim=True)).clamp(max=1)
