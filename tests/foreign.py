@@ -478,6 +478,54 @@ def circuit_tracer(folder: Path, jump: bool = False, skip: bool = False) -> Made
     return Made("circuit_tracer", encode, decode, {}, "layer_3.safetensors")
 
 
+# ---- overcomplete
+def overcomplete(folder: Path, kind: str = "topk", said: bool = False) -> Made:
+    """A state dict after `eval()`, without a word on what it is but where `said`: then in the middle of training."""
+    w, g = draw(18), torch.Generator().manual_seed(18)
+    rows = w["W_dec"] if said else w["W_dec"] / (w["W_dec"].norm(dim=1, keepdim=True) + 1e-8)
+    held = {"encoder.final_block.0.weight": w["W_enc"].T, "encoder.final_block.0.bias": w["b_enc"]}
+    held |= {"dictionary._weights": rows, "dictionary.multiplier": torch.tensor(0.3 if kind == "jump" else 0.0)}
+    D_ = rows.double() * held["dictionary.multiplier"].double().exp()
+    if said:
+        D_ /= D_.norm(dim=1, keepdim=True)
+    W, b = w["W_enc"].double(), w["b_enc"].double()
+    if kind == "tied":
+        held["encoder.tied_to._weights"] = held["dictionary._weights"]
+        held["encoder.tied_to.multiplier"] = held["dictionary.multiplier"]
+        held["encoder.bias"] = held.pop("encoder.final_block.0.bias")
+        del held["encoder.final_block.0.weight"]
+        W = D_.T
+    if kind == "batch norm":
+        norm = {"weight": torch.rand(F, generator=g) - 0.3, "bias": w["threshold"], "running_mean": w["b_enc"].flip(0)}
+        norm |= {"running_var": torch.rand(F, generator=g) + 0.1, "num_batches_tracked": torch.tensor(7)}
+        held |= {f"encoder.final_block.1.{name}": tensor for name, tensor in norm.items()}
+        gain = norm["weight"].double() / (norm["running_var"].double() + 1e-5).sqrt()
+        W, b = W * gain, (b - norm["running_mean"].double()) * gain + norm["bias"].double()
+    if kind == "archetypal":
+        mix = torch.rand(F, 9, generator=g)
+        held["dictionary.W"] = mix / mix.sum(1, keepdim=True)
+        held["dictionary.C"], held["dictionary.Relax"] = torch.randn(9, D, generator=g), 0.1 * rows
+        D_ = held["dictionary.W"].double() @ held["dictionary.C"].double() + held["dictionary.Relax"].double()
+        del held["dictionary._weights"]
+    if kind == "jump":
+        held["thresholds"] = w["threshold"] - 1.5
+    activation: dict[str, Any] = {"activation": sl.TopK(k=K)}
+    activation = {"jump": {}, "batch": {"activation": sl.BatchTopK(k=K), "threshold": 0.4}}.get(kind, activation)
+    if said:
+        arguments = {"top_k": K, "dictionary_params": {"normalization": "l2"}}
+        write_json(folder / "config.json", {"sae_class": "TopKSAE", "arguments": arguments})
+        activation = {}
+    torch.save({name: tensor.contiguous() for name, tensor in held.items()}, folder / "trained.pt")
+
+    def encode(x: Tensor) -> Tensor:
+        u = x @ W + b
+        if kind in ("jump", "batch"):
+            return above(u, held["thresholds"].double().exp() if kind == "jump" else 0.4)
+        return top(u)
+
+    return Made("overcomplete", encode, lambda z, x: z @ D_, PLACE | activation)
+
+
 MAKERS: dict[str, Callable[[Path], Made]] = {
     "saelens standard": saelens_standard,
     "saelens standard, reads x": lambda folder: saelens_standard(folder, subtract=False),
@@ -534,8 +582,15 @@ MAKERS: dict[str, Callable[[Path], Made]] = {
     "circuit_tracer relu": circuit_tracer,
     "circuit_tracer jumprelu": lambda folder: circuit_tracer(folder, jump=True),
     "circuit_tracer skip": lambda folder: circuit_tracer(folder, skip=True),
+    "overcomplete topk": overcomplete,
+    "overcomplete topk in training": lambda folder: overcomplete(folder, said=True),
+    **{
+        f"overcomplete {kind}": lambda folder, kind=kind: overcomplete(folder, kind)
+        for kind in ("jump", "batch", "tied", "batch norm", "archetypal")
+    },
 }
-WRITABLE = [name for name in MAKERS if name.split()[0] in ("saelens", "sparsify", "dictionary_learning")]
+LIBRARIES = ("saelens", "sparsify", "dictionary_learning", "circuit_tracer", "overcomplete")
+WRITABLE = [name for name in MAKERS if name.split()[0] in LIBRARIES]
 
 
 def load(folder: Path, made: Made, **more: Any) -> sl.SAE:
@@ -547,3 +602,14 @@ def some_activations(n: int = 64, seed: int = 0) -> Tensor:
     """Not centred, of different norms."""
     g = torch.Generator().manual_seed(seed)
     return torch.randn(n, D, generator=g) * (0.5 + 2 * torch.rand(n, 1, generator=g)) + 0.4
+
+
+def peer_activations(request: Any, kind: str, width: int = 64) -> Tensor:
+    """What SAEs of other libraries are compared on: made up, or of a model."""
+    g = torch.Generator().manual_seed(1)
+    if kind == "random":
+        return torch.randn(300, width, generator=g) * (0.3 + torch.rand(300, 1, generator=g)) + 0.3
+    data = request.getfixturevalue("shared_data")
+    model = sl.load_model(data / "stories260k", progress=False)
+    tokens = sl.tokenize(model, data / "tinystories" / "tinystories.txt", ctx_len=64, n_tokens=320)
+    return sl.collect(model, tokens, "blocks.2.hook_resid_post", progress=False)[:].float()

@@ -31,6 +31,7 @@ from saelab.labels.label import Label, read_entries
 from saelab.labels.label_store import LabelStore
 from saelab.sae import CLT, CLTConfig
 from saelab.stores.files import save_tensors
+from saelab.stores.tensors import load_tensors
 from tests import foreign
 
 SECONDS, BYTES = 20, 1 << 30
@@ -162,6 +163,16 @@ def read_map(folder: Path, made: Any) -> None:
     sl.universality.SpaceMap.from_pretrained(folder).apply(torch.ones(3, 8))
 
 
+def write_sharded(folder: Path) -> Any:
+    """Weights in several files, by an index."""
+    from huggingface_hub import save_torch_state_dict
+
+    write_sae(folder)
+    held = load_tensors(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    save_torch_state_dict(held, folder, max_shard_size=600)
+
+
 def foreign_kinds() -> list[Kind]:
     writers: list[Callable[[Path], Any]] = [
         foreign.saelens_standard, foreign.saelens_topk, foreign.saelens_jumprelu, foreign.saelens_gated,
@@ -171,8 +182,14 @@ def foreign_kinds() -> list[Kind]:
         lambda folder: foreign.openmoss(folder, "jumprelu"),
         lambda folder: foreign.dictionary(folder, "AutoEncoderTopK"),
         lambda folder: foreign.dictionary(folder, "MatryoshkaBatchTopKSAE"),
+        lambda folder: foreign.circuit_tracer(folder, True, True),
+        lambda folder: foreign.overcomplete(folder, "batch norm"),
+        lambda folder: foreign.overcomplete(folder, "archetypal"),
+        lambda folder: foreign.overcomplete(folder, said=True),
     ]  # fmt: skip
-    return [Kind(getattr(write, "__name__", "foreign"), write, read_sae) for write in writers]
+    return [Kind(getattr(write, "__name__", "foreign"), write, read_sae) for write in writers] + [
+        Kind("sharded", write_sharded, read_sae)
+    ]
 
 
 KINDS = [

@@ -88,6 +88,67 @@ def slow_bytes() -> Any:
     return ByT5Tokenizer(extra_ids=3)
 
 
+@cache
+def gemma() -> Any:
+    """Gemma's kind: as Llama's, without a space in front, and tokens of several spaces and lines."""
+    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
+
+    words = ["▁", "▁the", "▁was", "was", "he", "▁he", "a", "A", "t", "s", "▁c", "c", "▁▁", "▁▁▁", "\n", "\n\n", "\t"]
+    names = ["<pad>", "<eos>", "<bos>", "<unk>", *(f"<0x{byte:02X}>" for byte in range(256)), *words]
+    merges = [("▁", "c"), ("▁", "▁"), ("▁▁", "▁"), ("\n", "\n")]
+    vocabulary = {name: i for i, name in enumerate(names)}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=merges, unk_token="<unk>", byte_fallback=True))
+    tokenizer.normalizer = normalizers.Replace(" ", "▁")
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(" ", "merged_with_previous")
+    tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+    return _wrap(tokenizer, bos_token="<bos>", eos_token="<eos>", unk_token="<unk>", pad_token="<pad>")
+
+
+@cache
+def word_ends() -> Any:
+    """CLIP's kind: a mark on the last piece of a word, so that pieces with and without it read alike."""
+    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+
+    special = ["<unk>", "<s>", "</s>"]
+    tokenizer = Tokenizer(models.BPE(unk_token="<unk>", end_of_word_suffix="</w>"))
+    tokenizer.normalizer = normalizers.Lowercase()
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.decoder = decoders.BPEDecoder(suffix="</w>")
+    trainer = trainers.BpeTrainer(
+        vocab_size=300, special_tokens=special, end_of_word_suffix="</w>", show_progress=False
+    )
+    tokenizer.train_from_iterator(TEXTS, trainer)
+    return _wrap(tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+
+
+@cache
+def unigram_bytes() -> Any:
+    """Unigram with the 256 bytes for characters without a piece, as newer SentencePiece models have it."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    words = [(word, -2.0 - i / 10) for i, word in enumerate(["▁", "▁the", "the", "▁was", "was", "e", "h", "t"])]
+    pieces = [(name, 0.0) for name in ("<unk>", "<s>", "</s>")]
+    pieces += [(f"<0x{byte:02X}>", -10.0) for byte in range(256)]
+    tokenizer = Tokenizer(models.Unigram([*pieces, *words], unk_id=0, byte_fallback=True))
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    tokenizer.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Metaspace()])
+    return _wrap(tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+
+
+@cache
+def added() -> Any:
+    """GPT-2's kind with tokens added by a user: special, of spaces only, and such that look like numbers and bytes."""
+    from tokenizers import AddedToken, Tokenizer
+    from transformers import PreTrainedTokenizerFast
+
+    twin = Tokenizer.from_str(byte_level()._tokenizer.to_str())
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=twin, bos_token="<|endoftext|>")
+    names = ["<think>", "café", "<17>", "<0x41>"]
+    spaced = [AddedToken("  ", normalized=False), AddedToken(" spaced ", lstrip=True, rstrip=True)]
+    tokenizer.add_tokens([AddedToken("<|user|>", special=True), *spaced, *map(AddedToken, names)])
+    return tokenizer
+
+
 KINDS = {
     "byte-level": byte_level,
     "byte-level, space in front": lambda: byte_level(True),
@@ -96,3 +157,5 @@ KINDS = {
     "Unigram": unigram,
     "slow": slow_bytes,
 }
+FURTHER = {"Gemma": gemma, "word ends": word_ends, "Unigram, bytes": unigram_bytes, "added tokens": added}
+"""kinds that say more of how tokens are named than of how text is cut"""

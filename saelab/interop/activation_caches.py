@@ -36,7 +36,7 @@ class Piece:
     """Activations and token ids of some sequences."""
 
     acts: Float[Tensor, "n_seq ctx_len d_in"]
-    """activations in the dtype of the cache"""
+    """activations in the dtype of the cache, or float16 for one of 8 bits, all of whose values it has"""
     token_ids: Int32[Tensor, "n_seq ctx_len"]
     """token ids"""
     keep: Bool[Tensor, "n_seq ctx_len"]
@@ -166,6 +166,8 @@ class OpenMOSSCache(Cache):
                 f"{self.paths[i]}: `activation` must be (*tokens, d_in), got {tuple(acts.shape)} and tokens "
                 f"{tuple(tokens.shape)}."
             )
+        if acts.is_floating_point() and acts.dtype.itemsize == 1:
+            acts = acts.to(torch.float16)
         keep = torch.ones(tokens.shape, dtype=torch.bool)
         for name in ("mask", "attention_mask"):
             if isinstance(held.get(name), Tensor):
@@ -191,9 +193,9 @@ def convert_activations(
 ) -> Activations:
     """Activations in `out`, converted from a cache that SAELens (Arrow files) or OpenMOSS (chunks) wrote.
 
-    Rows keep their dtype and value, token ids theirs; tokens that OpenMOSS' masks exclude are dropped, SAELens has no
-    mask. Every sequence counts as a document. Memory use is a piece of the cache and a shard. An interrupted call
-    continues where it stopped when it is made again. Needs pyarrow for SAELens' files.
+    Rows keep their value and dtype (8-bit floats become float16), token ids theirs; tokens that OpenMOSS' masks exclude
+    are dropped, SAELens has no mask. Every sequence counts as a document. Memory use is a piece of the cache and a
+    shard. An interrupted call continues where it stopped when it is made again. Needs pyarrow for SAELens' files.
 
     Args:
         folder: folder of the cache.

@@ -34,6 +34,8 @@ from saelab.stores.validation import read_json
 NAME = re.compile(r"(\d+)_(\d+)")
 LARGEST_ID = 2**31 - 1
 CONFIG = "config.json"
+CTX_LEN = ("cache_ctx_len", "ctx_len")
+"""what delphi calls the length of its rows, since 0.1 and before"""
 N_SPLITS = 5
 SMALLEST = 1e-5  # delphi omits codes up to this magnitude
 SHORT, WIDE = np.uint16, np.uint32
@@ -245,7 +247,8 @@ def _own_ids(folder: Path, splits: Sequence[_Split]) -> np.ndarray:
 
 def _given_ids(ids: Tensor, config: dict[str, Any]) -> np.ndarray:
     """Token ids that the caller gave; ValueError for more than were cached, as every firing rate would be wrong."""
-    n_tokens, ctx_len = config.get("n_tokens", ids.numel()), config.get("ctx_len", ids.shape[1])
+    n_tokens = config.get("n_tokens", ids.numel())
+    ctx_len = next((config[name] for name in CTX_LEN if name in config), ids.shape[1])
     if ids.numel() > n_tokens or ids.shape[1] != ctx_len:
         raise ValueError(
             f"`tokens` must be the ids that were cached, in rows of {ctx_len} and at most {n_tokens} by config.json, "
@@ -293,8 +296,9 @@ def write_delphi(
         "dataset_repo": shareable(origin.text),
         "dataset_split": "",
         "dataset_name": "",
+        "dataset_column": "text",
         "batch_size": 1,
-        "ctx_len": int(tokens.shape[1]),
+        **dict.fromkeys(CTX_LEN, int(tokens.shape[1])),
         "n_tokens": int(tokens.size),
         "n_splits": n_splits,
         "model_name": shareable(origin.model),
@@ -337,6 +341,8 @@ def _locate(
     triples = np.stack([at // ctx_len, at % ctx_len, rows.indices], 1)[kept]
     narrow = triples.max(initial=0) < 2**16
     locations = torch.from_numpy(triples.astype(SHORT if narrow else WIDE))
+    if (largest := float(np.abs(rows.data[kept]).max(initial=0))) > np.finfo(np.float16).max:
+        raise ValueError(f"delphi's codes are float16, up to 65504, got {largest:.4g}. Divide W_dec's rows out first.")
     return locations, torch.from_numpy(rows.data[kept].astype(np.float16))
 
 

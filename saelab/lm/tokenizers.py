@@ -182,7 +182,8 @@ def spell_rows(tokenizer: Any, rows: Iterable[Sequence[int]]) -> list[Spelling]:
 def find_token_id(tokenizer: Any, text: str) -> int:
     """Id of the token with a given string, as `token_strings` shows it: " was" and "was" are two tokens.
 
-    Where no token has exactly that string, the single token that the tokenizer encodes the text to is returned.
+    Where no token has exactly that string, it may be an id in angle brackets, <17>; else the single token that the
+    tokenizer encodes the text to is returned.
 
     Raises:
         ValueError: where there is none, or where several tokens have the same string, which it names.
@@ -193,7 +194,11 @@ def find_token_id(tokenizer: Any, text: str) -> int:
     found = sorted(i for i in _find_named(tokenizer, _spellings(text)) if token_strings(tokenizer, [i])[i] == text)
     if len(found) > 1:
         names = {i: tokenizer.convert_ids_to_tokens(i) for i in found}
-        raise ValueError(f"A string must be read from one token, got {text!r}, which these are: {names}. Give an id.")
+        raise ValueError(
+            f"A string must be read from one token, got {text!r}, which these are: {names}. Give an id: <{found[0]}>."
+        )
+    if not found and (match := NUMBER.fullmatch(text)) and int(match[1]) < len(tokenizer):
+        return int(match[1])
     made = found or tokenizer(text, add_special_tokens=False)["input_ids"]
     if len(made) == 1 and made[0] != tokenizer.unk_token_id:
         return int(made[0])

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from saelab.sae.formats.circuit_tracer import describe_transcoder
 from saelab.sae.formats.sources import inside
 from saelab.sae.module import SAEModule
 from saelab.stores.files import shareable, write_atomic
@@ -25,6 +26,18 @@ LOADERS = {
     "dictionary_learning": (
         "from dictionary_learning.utils import load_dictionary",
         'sae, config = load_dictionary(folder, device="cpu")  # where the files of {place} are',
+    ),
+    "circuit_tracer": (
+        "from circuit_tracer.utils.hf_utils import load_transcoder_from_hub",
+        'transcoders, config = load_transcoder_from_hub("{place}")  # once all layers are there',
+    ),
+    "overcomplete": (
+        "import json, torch",
+        "from overcomplete import sae as saes",
+        'cfg = json.load(open(f"{folder}/config.json"))  # where the files of {place} are',
+        'sae = getattr(saes, cfg["sae_class"])(**cfg["arguments"])',
+        'sae.load_state_dict(torch.load(f"{folder}/sae.pt", weights_only=True))',
+        "sae = sae.eval()",
     ),
 }
 START, END = "<!-- SAEs, listed by saelab -->", "<!-- end of the list -->"
@@ -154,11 +167,16 @@ def write_card(sae: SAEModule, repo_id: str, format: str, evaluation: Result | N
         path: folder in the repository; None is its top.
     """
     place = repo_id if path is None else f"{repo_id}/{path}"
+    file = path
+    if format == "circuit_tracer":  # several SAEs in a folder
+        name = describe_transcoder(sae, getattr(sae, "provenance", None))["file"]
+        file = name if path is None else f"{path}/{name}"
     filled = {
         "{repo}": repo_id,
         "{place}": place,
         "{path}": path or ".",
         "{, path}": f', "{path}"' if path else "",
+        "{, file}": f', "{file}"' if file else "",
         "{, hookpoint=path}": f', hookpoint="{path}"' if path else "",
     }
 
@@ -171,7 +189,7 @@ def write_card(sae: SAEModule, repo_id: str, format: str, evaluation: Result | N
     lines += [*(f"| {name} | {_cell(value)} |" for name, value in describe_sae(sae).items()), ""]
     lines += ["## Loading", "", "```python", *map(fill, LOADERS[format]), "```", ""]
     if format != "saelab":
-        lines += [fill('saelab reads it too: `saelab.SAE.from_pretrained("{repo}"{, path})`.'), ""]
+        lines += [fill('saelab reads it too: `saelab.SAE.from_pretrained("{repo}"{, file})`.'), ""]
     if evaluation is not None:
         lines += ["## Evaluation", "", "```text", str(evaluation), "```", ""]
     return "\n".join(lines)

@@ -4,15 +4,15 @@ import re
 from pathlib import Path
 
 import pytest
-from tokenizers_made import KINDS, TEXTS
+from tokenizers_made import FURTHER, KINDS, TEXTS
 
 from saelab.lm.tokenizers import find_token_id, spell, token_bytes, token_strings
 from saelab.stores.corpus import Spelling, group_words, name_bytes
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [*KINDS, *FURTHER])
 def test_every_token_is_found_by_what_is_shown_of_it(kind: str) -> None:
-    tokenizer = KINDS[kind]()
+    tokenizer = (KINDS | FURTHER)[kind]()
     shown = token_strings(tokenizer, range(len(tokenizer)))
     assert all(shown.values()) and not any("\ufffd" in string for string in shown.values())
     for i, string in shown.items():
@@ -20,8 +20,9 @@ def test_every_token_is_found_by_what_is_shown_of_it(kind: str) -> None:
         if len(alike) == 1:
             assert find_token_id(tokenizer, string) == i, string
         else:
-            with pytest.raises(ValueError, match=str(i)):
+            with pytest.raises(ValueError, match=rf"{i}: .*Give an id: <{alike[0]}>"):
                 find_token_id(tokenizer, string)
+            assert find_token_id(tokenizer, f"<{i}>") == i
 
 
 @pytest.mark.parametrize("kind", ["stories260k", "tales"])

@@ -14,18 +14,22 @@ activations only. So thresholds are lost there.
 
 import json
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
-from saelab.sae.activation_functions import JumpReLU, ReLU
+from saelab.sae.activation_functions import BatchTopK, Gated, JumpReLU, ReLU
 from saelab.sae.formats.conventions import Convention
 from saelab.sae.formats.origin import ParsedSAE, SAEFacts
 from saelab.sae.formats.sources import SAEFiles, read_tensors, require_tensors
-from saelab.stores.files import replace_folder, save_tensors, write_atomic
+from saelab.sae.module import SAEModule
+from saelab.stores.files import replace_folder, save_tensors, shareable, write_atomic
 from saelab.stores.manifest import Provenance
+from saelab.stores.tensors import read_header
 from saelab.stores.validation import naming
 
 CONFIG = "config.yaml"
@@ -35,7 +39,9 @@ PARTS, THRESHOLD, SKIP = ("W_enc", "b_enc", "W_dec", "b_dec"), "activation_funct
 LINE = re.compile(r"(\w+):[ \t]*(.*?)[ \t]*")
 QUOTED = re.compile(r"'((?:[^']|'')*)'")
 NULLS = ("~", "null", "Null", "NULL")
-READ, WRITTEN, MODEL = "feature_input_hook", "feature_output_hook", "model_name"
+KIND, READ, WRITTEN, MODEL = "model_kind", "feature_input_hook", "feature_output_hook", "model_name"
+OF_LAYERS, CROSS_LAYER = "transcoder_set", "cross_layer_transcoder"
+"""kinds of folders that circuit-tracer knows"""
 DEFAULTS = {READ: "hook_resid_mid", WRITTEN: "hook_mlp_out"}
 """hook points that circuit-tracer takes where its configuration names none"""
 
@@ -67,16 +73,108 @@ def read_transcoder(source: SAEFiles, overrides: SAEFacts) -> ParsedSAE:
         parts[SKIP] = parts[SKIP].T
     if "threshold" in parts:
         _require_positive(parts["threshold"], place)
-    found, facts = LAYER.fullmatch(source.file), SAEFacts()
+    found, facts, settings = LAYER.fullmatch(source.file), SAEFacts(), _read_settings(source.folder / CONFIG)
     if found and (source.folder / CONFIG).is_file():
-        said = DEFAULTS | _read_settings(source.folder / CONFIG)
+        said = DEFAULTS | settings
         block = f"blocks.{int(found[1])}"
         facts = SAEFacts(
             model=said.get(MODEL), hook_point=f"{block}.{said[READ]}", hook_point_out=f"{block}.{said[WRITTEN]}"
         )
     activation = overrides.activation or (JumpReLU() if "threshold" in parts else ReLU())
     how = Convention(activation=activation, transcodes=True, subtracts_b_dec=False)
-    return ParsedSAE(format="circuit_tracer", parts=parts, how=how, facts=facts)
+    kept = {"file": source.file, CONFIG: settings or None}
+    return ParsedSAE(format="circuit_tracer", parts=parts, how=how, facts=facts, settings=kept)
+
+
+def describe_transcoder(coder: SAEModule, provenance: Provenance | None) -> dict[str, Any]:
+    """Name of the layer's file, and the settings of `config.yaml`; ValueError for what circuit-tracer has no files for.
+
+    Gated, and BatchTopK once its threshold is set, are written as the JumpReLU that they are equivalent to.
+    """
+    cfg = coder.cfg
+    if cfg.d_out is None or cfg.d_out != cfg.d_in:
+        what = "an autoencoder" if cfg.d_out is None else f"d_in {cfg.d_in} and d_out {cfg.d_out}"
+        raise ValueError(
+            f"circuit-tracer's transcoders must read and write places of one width, got {what}; write saelens."
+        )
+    if type(cfg.activation) not in (ReLU, JumpReLU, Gated, BatchTopK):
+        raise ValueError(
+            f"circuit-tracer's files hold ReLU and a threshold for each latent, got {cfg.activation}. Give latents "
+            "thresholds first: sae.to_jumprelu(activations)."
+        )
+    if provenance is None:
+        raise ValueError(
+            "circuit-tracer's files are named by the layer, which a transcoder without provenance does not say, got "
+            "none. Set `provenance`, or load it with model=, hook_point= and hook_point_out=."
+        )
+    found = re.fullmatch(r"blocks\.(\d+)\.(.+)", provenance.hook_point)
+    out = re.fullmatch(r"blocks\.(\d+)\.(.+)", provenance.hook_point_out or "")
+    if not found or not out or found[1] != out[1]:
+        raise ValueError(
+            "circuit-tracer's transcoders must read and write places of one layer, as blocks.3.hook_resid_mid and "
+            f"blocks.3.hook_mlp_out, got '{provenance.hook_point}' and '{provenance.hook_point_out}'; write saelens."
+        )
+    settings = {MODEL: shareable(provenance.model), READ: found[2], WRITTEN: out[2]}
+    return {"file": f"layer_{found[1]}.safetensors", CONFIG: settings}
+
+
+def find_transcoder_parts(coder: SAEModule) -> dict[str, Tensor]:
+    """Weights as circuit-tracer uses them; ValueError for thresholds below 0, which let negative codes pass."""
+    named = {name: getattr(coder, name) for name in (*PARTS, "threshold", SKIP)}
+    parts = {name: part.detach() for name, part in named.items() if part is not None}
+    if "threshold" in parts:
+        _require_positive(parts["threshold"], "the transcoder")
+        parts["threshold"] = parts["threshold"].expand(coder.cfg.d_sae)
+    return parts
+
+
+def check_layers(folder: Path, settings: dict[str, Any], parts: Mapping[str, Tensor]) -> None:
+    """Raise ValueError where the transcoders of other layers in a folder are of another model, place or width, as
+    circuit-tracer has one setting for all of them, and where the folder holds a cross-layer transcoder.
+    """
+    if folder.is_dir() and recognize(folder):
+        raise ValueError(
+            f"{folder} must hold transcoders of a layer each, got a cross-layer one. Choose another folder."
+        )
+    given = settings[CONFIG] or {}
+    for name, held in _read_settings(folder / CONFIG).items() if given else ():
+        if given.get(name, held) != held:
+            raise ValueError(
+                f"The transcoders in {folder} must agree on `{name}`, got '{given[name]}' beside '{held}'. Choose "
+                "another folder."
+            )
+    shape = tuple(parts["W_dec"].shape)
+    for path in sorted(folder.glob("layer_*.safetensors")):
+        if not LAYER.fullmatch(path.name) or path.name == settings["file"]:
+            continue
+        other = read_header(path)[0].get("W_dec")
+        if other is not None and other.shape != shape:
+            raise ValueError(
+                f"The transcoders in {folder} must be of one d_sae and d_model, got {shape} beside {other.shape} in "
+                f"{path.name}. Choose another folder."
+            )
+
+
+def write_transcoder(
+    folder: Path, settings: dict[str, Any], parts: Mapping[str, Tensor], extras: Mapping[str, Tensor]
+) -> None:
+    """Write the layer's file, and `config.yaml` where it is known what it says.
+
+    Args:
+        folder: folder to write to.
+        settings: file and settings, as `describe_transcoder` returns them or as they were read.
+        parts: weights by saelab's names, as `find_transcoder_parts` returns them or as they were read.
+        extras: further tensors by the format's own names; there are none.
+    """
+    named = dict(parts) | dict(extras)
+    if "threshold" in named:
+        named[THRESHOLD] = named.pop("threshold")
+    for name in {"W_enc", SKIP} & set(named):
+        named[name] = named[name].T
+    plain = {name: part.detach().cpu().contiguous() for name, part in named.items()}
+    save_tensors(folder / settings["file"], plain, {"format": "pt"})
+    if settings[CONFIG] is not None:
+        _write_settings(folder, OF_LAYERS, DEFAULTS | settings[CONFIG])
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -183,9 +281,9 @@ def _read_layer(folder: Path, i: int, n: int) -> dict[str, Tensor]:
     return {name.removesuffix(f"_{i}"): tensor for name, tensor in found.items()}
 
 
-def _require_positive(threshold: Tensor, place: Path) -> None:
-    if bool((threshold < 0).any()):
-        lowest = float(threshold.min())
+def _require_positive(threshold: Tensor, place: Path | str) -> None:
+    if bool((threshold.float() < 0).any()):  # 8-bit floats have no comparison
+        lowest = float(threshold.float().min())
         raise ValueError(f"Thresholds in {place} must be at least 0, got {lowest:.3g}; below, codes would be negative.")
 
 
@@ -223,7 +321,12 @@ def write_layers(folder: Path, held: LayerFiles) -> None:
     Args:
         folder: the folder.
         held: weights by layer, and model and hook points.
+
+    Raises:
+        ValueError: for a folder with transcoders of a layer each.
     """
+    if layers := sorted(path.name for path in folder.glob("layer_*.safetensors") if LAYER.fullmatch(path.name)):
+        raise ValueError(f"{folder} must hold one kind of transcoder, got {layers[:5]}. Choose another folder.")
     stale = ("W_enc_*.safetensors", "W_dec_*.safetensors", CONFIG)
     with replace_folder(folder, last=CONFIG, stale=stale) as temp:
         for i, W_enc in enumerate(held.W_enc):
@@ -233,9 +336,12 @@ def write_layers(folder: Path, held: LayerFiles) -> None:
             plain = {f"{name}_{i}": tensor.detach().contiguous() for name, tensor in encoder.items()}
             save_tensors(temp / f"W_enc_{i}.safetensors", plain, {"format": "pt"})
             save_tensors(temp / f"W_dec_{i}.safetensors", {f"W_dec_{i}": held.W_dec[i].contiguous()}, {"format": "pt"})
-        settings = {"model_kind": "cross_layer_transcoder"} | held.settings
-        text = "".join(f"{name}: {json.dumps(value)}\n" for name, value in settings.items())
-        write_atomic(temp / CONFIG, text.encode())
+        _write_settings(temp, CROSS_LAYER, held.settings)
+
+
+def _write_settings(folder: Path, kind: str, settings: Mapping[str, str]) -> None:
+    text = "".join(f"{name}: {json.dumps(value)}\n" for name, value in ({KIND: kind} | dict(settings)).items())
+    write_atomic(folder / CONFIG, text.encode())
 
 
 def name_places(places: tuple[tuple[str, str], ...]) -> dict[str, str]:

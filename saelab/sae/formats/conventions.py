@@ -190,8 +190,8 @@ def _set_threshold(now: dict[str, Tensor], how: Convention) -> None:
     threshold = now["threshold"]
     if how.activation.threshold == "learned" and threshold.ndim == 0:
         threshold = threshold.expand(len(now["W_dec"]))
-    if bool((threshold < 0).any()):
-        threshold = threshold.clamp(min=0)
+    if bool((threshold.float() < 0).any()):  # 8-bit floats have no comparison
+        threshold = threshold.float().clamp(min=0)
     now["threshold"] = threshold
 
 

@@ -17,7 +17,7 @@ from saelab.sae.formats.circuit_tracer import CONFIG as CIRCUIT_TRACER_CONFIG
 from saelab.sae.formats.origin import SAEFacts
 from saelab.sae.formats.registry import READERS
 from saelab.sae.formats.releases import find_near, find_published, pick, read_table, suggest
-from saelab.sae.formats.sources import ARCHIVES, PICKLES, SAEFiles, inside
+from saelab.sae.formats.sources import ARCHIVES, INDEX, PICKLES, SAEFiles, find_whole, inside, is_weights
 from saelab.sae.formats.sparsify import RUN
 
 OWN_FILES = ("config.json", "model.safetensors", "origin.safetensors")
@@ -46,7 +46,7 @@ def find_source(source: str | Path, name: str | None = None, hub: HubAccess = Hu
         FileNotFoundError: for what is neither a path nor a repository, and where the Hub cannot be reached or has none.
     """
     path = Path(source).expanduser()
-    if path.exists():
+    if path.exists() or is_weights(path):
         return SAEFiles.open(path, name)
     parts = str(source).split("/")
     if len(parts) != 2 or not all(parts) or str(source).startswith((".", "~")):
@@ -57,16 +57,16 @@ def find_source(source: str | Path, name: str | None = None, hub: HubAccess = Hu
         )
     repo, wanted = str(source), list_files(name)
     folder = _fetch(repo, wanted, hub)
-    if not any((folder / file).is_file() for file in wanted):
+    if not any(is_weights(folder / file) for file in wanted):
         raise FileNotFoundError(_describe_absence(repo, name, folder, hub))
     return SAEFiles.open(folder, name)
 
 
 def list_files(name: str | None) -> list[str]:
     """Paths of all files that an SAE may consist of: those of a sub-folder, or a single file and the configuration next
-    to it.
+    to it. In the place of a file of weights there may be several.
     """
-    place = PurePosixPath(inside(name)) if name is not None else PurePosixPath()
+    place = PurePosixPath(find_whole(Path(inside(name))).as_posix()) if name is not None else PurePosixPath()
     if place.suffix in WEIGHT_SUFFIXES:
         return [str(place), *(str(place.parent / name) for name in ("config.json", CIRCUIT_TRACER_CONFIG))]
     above = [str(place.parent / RUN)] if name is not None else []
@@ -89,11 +89,19 @@ def _fetch(repo: str, files: list[str], hub: HubAccess) -> Path:
                 token=hub.token,
                 cache_dir=hub.cache_dir,
                 local_files_only=hub.local_files_only,
-                allow_patterns=[glob.escape(file) for file in files],
+                allow_patterns=[pattern for file in files for pattern in _match(PurePosixPath(file))],
             )
         )
     except OSError as error:  # base class of huggingface_hub's errors
         raise FileNotFoundError(_describe_failure(repo, hub, error)) from error
+
+
+def _match(file: PurePosixPath) -> list[str]:
+    """Patterns of a file, and of the index and the parts that may be in its place."""
+    if file.suffix not in WEIGHT_SUFFIXES:
+        return [glob.escape(str(file))]
+    parts = f"{glob.escape(str(file.with_suffix('')))}-?????-of-?????{file.suffix}"
+    return [glob.escape(str(file)), glob.escape(f"{file}{INDEX}"), parts]
 
 
 def _describe_failure(repo: str, hub: HubAccess, error: OSError) -> str:

@@ -123,7 +123,7 @@ def _find_scales(
     if norm != "dataset-wise":
         raise ValueError(f"`norm_activation` must not depend on the batch, got '{norm}'.")
     root = math.sqrt(require_number(settings, "d_model", place))
-    norms = [float(held[NORM + point].sum()) for point in points if isinstance(held.get(NORM + point), Tensor)]
+    norms = [float(held[NORM + point].float().sum()) for point in points if isinstance(held.get(NORM + point), Tensor)]
     if any(not norm > 0 for norm in norms):
         raise ValueError(
             f"The mean norms of activations must be positive, got {norms} next to {place}. Is the file whole?"

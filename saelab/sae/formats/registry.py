@@ -12,7 +12,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from saelab.sae.formats import circuit_tracer, dictionary_learning, gemma_scope, openai, openmoss, saelens, sparsify
+from saelab.sae.formats import (
+    circuit_tracer,
+    dictionary_learning,
+    gemma_scope,
+    openai,
+    openmoss,
+    overcomplete,
+    saelens,
+    sparsify,
+)
 from saelab.sae.formats.conventions import compose
 from saelab.sae.formats.origin import Origin, ParsedSAE, SAEFacts, dtype_name
 from saelab.sae.formats.sources import SAEFiles
@@ -59,6 +68,9 @@ READERS = {
     "qwen_scope": FormatReader(openai.recognize_qwen_scope, openai.read_qwen_scope, ()),
     "circuit_tracer": FormatReader(
         circuit_tracer.recognize_transcoder, circuit_tracer.read_transcoder, (circuit_tracer.CONFIG,)
+    ),
+    "overcomplete": FormatReader(
+        overcomplete.recognize, overcomplete.read, (overcomplete.CONFIG, overcomplete.WEIGHTS)
     ),
 }
 FORMATS = (OWN, *READERS)
@@ -149,6 +161,8 @@ class FormatWriter:
     last: str
     """the file by which the format is recognized; written last"""
     find_extras: Callable[[SAEModule], dict[str, Tensor]] = lambda coder: {}
+    check_folder: Callable[[Path, dict[str, Any], Named], None] = lambda folder, settings, parts: None
+    """raises ValueError where the SAE does not go with others of the format in the folder"""
 
 
 WRITERS = {
@@ -160,6 +174,20 @@ WRITERS = {
         dictionary_learning.write,
         dictionary_learning.CONFIG,
         dictionary_learning.find_extras,
+    ),
+    "circuit_tracer": FormatWriter(
+        circuit_tracer.describe_transcoder,
+        circuit_tracer.find_transcoder_parts,
+        circuit_tracer.write_transcoder,
+        circuit_tracer.CONFIG,
+        check_folder=circuit_tracer.check_layers,
+    ),
+    "overcomplete": FormatWriter(
+        overcomplete.describe,
+        overcomplete.find_parts,
+        overcomplete.write,
+        overcomplete.CONFIG,
+        overcomplete.find_extras,
     ),
 }
 
@@ -173,11 +201,11 @@ def write_foreign(
     into the weights.
 
     Args:
-        folder: folder to write to; an SAE of that format in it is replaced.
+        folder: folder to write to; an SAE of that format in it is replaced, of circuit_tracer one of the same layer.
         coder: the SAE.
         provenance: provenance of its activations, for formats that record it.
         origin: what was kept when it was read from another library's format; None otherwise.
-        format: "saelens", "sparsify" or "dictionary_learning".
+        format: name of one in `WRITERS`.
 
     Raises:
         ValueError: with the reason, where the format cannot express the SAE.
@@ -199,6 +227,7 @@ def write_foreign(
         _require_threshold(coder)
         folded = coder if coder.cfg.normalizer in PER_TOKEN else coder.fold()
         files = writer.describe(folded, provenance), writer.find_parts(folded), writer.find_extras(folded)
+    writer.check_folder(folder, *files[:2])
     with replace_folder(folder, last=writer.last, stale=()) as temp:
         writer.write(temp, *files)
 

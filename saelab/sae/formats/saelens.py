@@ -67,6 +67,8 @@ def read(source: SAEFiles, overrides: SAEFacts) -> ParsedSAE:
     activation = overrides.activation or _choose_activation(cfg, ours, parts, place)
     if type(activation) is BatchTopK:
         parts["threshold"] = _one_threshold(parts.get("threshold", held.get("topk_threshold")), place)
+        if "threshold" not in held:  # under another name: kept, so that a change of it is noticed
+            extras["threshold"] = parts["threshold"]
     scale = _find_scale(cfg, source, overrides)
     how = Convention(
         activation=activation,
@@ -159,7 +161,7 @@ def _choose_encoder(cfg: dict[str, Any]) -> Any:
 
 def _one_threshold(threshold: Tensor | None, place: Path) -> Tensor:
     """The common value of a vector of equal thresholds."""
-    if threshold is None or not bool((threshold == threshold.flatten()[0]).all()):
+    if threshold is None or not bool((threshold.float() == threshold.flatten()[0].float()).all()):
         raise ValueError(f"{place} must hold one threshold for all latents of a BatchTopK SAE, got others or none.")
     return threshold.flatten()[0]
 
@@ -167,7 +169,7 @@ def _one_threshold(threshold: Tensor | None, place: Path) -> Tensor:
 def _find_code_scale(cfg: dict[str, Any], held: Mapping[str, Any], place: Path) -> dict[str, Tensor]:
     """Factors on the codes before decoding, where an SAE was fine-tuned with them; else empty."""
     scale = held.get(CODE_SCALE)
-    if not isinstance(scale, Tensor) or bool((scale == 1).all()):
+    if not isinstance(scale, Tensor) or bool((scale.float() == 1).all()):
         return {}
     if not cfg.get("finetuning_scaling_factor"):
         raise ValueError(

@@ -1,7 +1,9 @@
 """`SAEFiles`: a folder or single file that may hold an SAE, and the safe reading of its tensors and configuration.
 
 Tensors come from safetensors, PyTorch's zip format or NumPy's npz; nothing in them is executed. They are
-memory-mapped, so that names, shapes and dtypes are known before any value is read. Keys of other libraries'
+memory-mapped, so that names, shapes and dtypes are known before any value is read. In the place of any weights file
+there may be several, and an index that names the file of each tensor, as Hugging Face's libraries write large models:
+`model-00001-of-00002.safetensors`, ..., `model.safetensors.index.json`. Keys of other libraries'
 configurations are validated by type; numbers that must be present are checked by `require_number`.
 """
 
@@ -21,10 +23,12 @@ import torch
 from torch import Tensor
 from typing_extensions import TypedDict
 
-from saelab.stores.files import await_settled
+from saelab.stores.files import await_settled, find_inside
 from saelab.stores.tensors import TensorFile, TensorSpec, map_tensor
 from saelab.stores.validation import check_settings, read_json
 
+INDEX = ".index.json"
+SHARD = re.compile(r"(.+)-\d{5}-of-\d{5}(\.\w+)")
 ARCHIVES = (".npz",)
 PICKLES = (".pt", ".pth", ".bin")
 SMALL = 2**24  # bytes up to which a compressed array may have any compression ratio
@@ -99,10 +103,14 @@ class Said(Metadata, total=False):
     apply_decoder_bias_to_pre_encoder: bool | None
     sparsity_include_decoder_norm: bool | None
     dataset_average_activation_norm: dict[str, float] | None
+    sae_class: str | None
+    arguments: dict[str, Any] | None
+    running_threshold: float | None
 
 
 def read_tensors(path: Path) -> Mapping[str, Any]:
-    """Contents of a weights file by name: tensors, memory-mapped and not yet read, and plain values stored with them.
+    """Contents of a weights file, or of the several in its place, by name: tensors, memory-mapped and not yet read, and
+    plain values stored with them.
 
     Raises:
         FileNotFoundError: where there is no file.
@@ -110,6 +118,8 @@ def read_tensors(path: Path) -> Mapping[str, Any]:
             larger than its bytes can hold.
     """
     if not path.is_file():
+        if (index := path.with_name(path.name + INDEX)).is_file():
+            return _Sharded(index)
         raise FileNotFoundError(f"An SAE's weights must be a file, got {path}, where there is none. Check the name.")
     if path.suffix in PICKLES:
         return _read_pickle(path)
@@ -139,6 +149,55 @@ class _Checked(Mapping):  # unparametrized, as a runtime type checker would read
         return name in self._file.specs
 
 
+class _Index(TypedDict):
+    weight_map: dict[str, str]
+
+
+class _Sharded(Mapping):
+    """The tensors of several files by the index that lists them; each file is opened for the first tensor of it."""
+
+    def __init__(self, index: Path) -> None:
+        self._index = index
+        self._places = check_settings(_Index, read_json(index), str(index))["weight_map"]
+        self._files: dict[str, Mapping[str, Any]] = {}
+        if missing := [
+            file for file in sorted(set(self._places.values())) if not find_inside(index.parent, file).is_file()
+        ]:
+            raise FileNotFoundError(f"{index} must have all files that it lists, got no {missing[:5]}. Copy them, too.")
+
+    def __getitem__(self, name: str) -> Any:
+        file = self._places[name]
+        if file not in self._files:
+            self._files[file] = read_tensors(self._index.parent / file)
+        if name not in self._files[file]:
+            raise ValueError(
+                f"{self._index} must list what its files hold, got no '{name}' in {file}. Copy both again."
+            )
+        return self._files[file][name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._places)
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._places
+
+
+def find_whole(path: Path) -> Path:
+    """Path of the weights file that an index, or one of the files that it lists, stands for; any other as it is."""
+    if path.name.endswith(INDEX):
+        return path.with_name(path.name.removesuffix(INDEX))
+    found = SHARD.fullmatch(path.name)
+    return path.with_name(f"{found[1]}{found[2]}") if found else path
+
+
+def is_weights(path: Path) -> bool:
+    """Whether there is a weights file, or an index of several in its place."""
+    return path.is_file() or path.with_name(path.name + INDEX).is_file()
+
+
 def _read_pickle(path: Path) -> Mapping[str, Any]:
     """A dictionary that `torch.save` wrote. Only tensors and plain values are unpickled; anything else is refused."""
     try:
@@ -156,7 +215,8 @@ def _read_pickle(path: Path) -> Mapping[str, Any]:
     ) as error:
         raise ValueError(
             f"{path} must be a whole PyTorch file of tensors and plain values, got {_name_cause(error)}. It was not "
-            "unpickled further: what it holds could run code. Ask for safetensors, or copy it again."
+            "unpickled further: what it holds could run code. Ask for safetensors; or, where it was made, save a "
+            "module's state instead of the module: torch.save(module.state_dict(), path)."
         ) from None
     if not isinstance(held, Mapping) or not all(isinstance(name, str) for name in held):
         raise ValueError(f"{path} must hold a dictionary of tensors by name, got a {type(held).__name__}.")
@@ -266,7 +326,9 @@ class SAEFiles:
         place = path if name is None else path / inside(name)
         if place.is_dir():
             await_settled(place)
-        if place.is_file():
+        if (whole := find_whole(place)) != place and is_weights(whole):
+            place = whole
+        if is_weights(place) and not place.is_dir():
             return cls(place.parent, place.name)
         if not place.is_dir():
             near = sorted(item.name for item in path.iterdir())[:5] if path.is_dir() else []
@@ -276,7 +338,7 @@ class SAEFiles:
 
     def has(self, *names: str) -> bool:
         """Whether all these files exist; of a single-file source only that file and JSON files count."""
-        return all((self.folder / inside(name)).is_file() and self._may_read(name) for name in names)
+        return all(is_weights(self.folder / inside(name)) and self._may_read(name) for name in names)
 
     def _may_read(self, name: str) -> bool:
         return self.file is None or name == self.file or name.endswith(".json")

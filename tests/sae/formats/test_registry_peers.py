@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from foreign import MAKERS, OUT, PLACE, TO, D, F, load, some_activations
+from foreign import MAKERS, OUT, PLACE, TO, D, F, load, peer_activations, some_activations
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -45,14 +45,7 @@ Held = dict[str, Tensor]
 
 @pytest.fixture(scope="module", params=["random", "stories260k"])
 def x(request: pytest.FixtureRequest) -> Tensor:
-    """Made-up activations, and a model's."""
-    g = torch.Generator().manual_seed(1)
-    if request.param == "random":
-        return torch.randn(300, D_IN, generator=g) * (0.3 + torch.rand(300, 1, generator=g)) + 0.3
-    data = request.getfixturevalue("shared_data")
-    model = sl.load_model(data / "stories260k", progress=False)
-    tokens = sl.tokenize(model, data / "tinystories" / "tinystories.txt", ctx_len=64, n_tokens=320)
-    return sl.collect(model, tokens, "blocks.2.hook_resid_post", progress=False)[:].float()
+    return peer_activations(request, request.param, D_IN)
 
 
 @dataclass
