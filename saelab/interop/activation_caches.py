@@ -19,9 +19,9 @@ from saelab.collecting.reader import ForwardRows
 from saelab.collecting.writers import FolderWriter, claim_folder, load_all
 from saelab.lm.hooks import require_finite
 from saelab.lm.masks import TokenMask
-from saelab.sae.formats.sources import inside, read_tensors
+from saelab.sae.formats.sources import read_tensors
 from saelab.stores.activations import Activations
-from saelab.stores.files import checksum
+from saelab.stores.files import checksum, inside
 from saelab.stores.jobs import hidden
 from saelab.stores.manifest import ActivationsManifest, Provenance, dtype_name
 from saelab.stores.validation import read_json

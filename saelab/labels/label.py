@@ -12,7 +12,7 @@ import json
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime, timezone
 from math import isnan
 from pathlib import Path
@@ -22,7 +22,7 @@ import numpy as np
 
 from saelab.functional.indices import read_feature
 from saelab.stores.feature_store import FeatureStore
-from saelab.stores.files import shareable, to_json
+from saelab.stores.files import shareable, shareable_parts, to_json
 
 LabelKind = Literal["input", "output", "position", "two-sided", "polysemantic", "none", "free"]
 """What a label describes.
@@ -252,6 +252,31 @@ def write_entries(entries: Sequence[LabelEntry], form: Format, model_id: str = "
         return "".join(json.dumps(record, allow_nan=False) + "\n" for record in records)
     listed = [entry.label.to_dict() | {"chosen": entry.chosen, "fixed": entry.fixed} for entry in entries]
     return to_json({"kind": "labels", "schema_version": SCHEMA_VERSION, "labels": listed}) + "\n"
+
+
+def publish_entries(entries: Sequence[LabelEntry], names: bool = False) -> list[LabelEntry]:
+    """Labels as others get them: without local paths and, unless `names` is set, without the names of persons.
+
+    One person is called a person, several person 1, person 2 and so on.
+
+    >>> mine = LabelEntry(Label(feature=0, text="hot", author="ada", by_person=True, provenance={"at": "/home/ada/s"}))
+    >>> [shown] = publish_entries([mine])
+    >>> shown.label.author, dict(shown.label.provenance)
+    ('a person', {'at': 's'})
+    """
+    persons = list(dict.fromkeys(entry.label.author for entry in entries if entry.label.by_person))
+    called = {name: "a person" if len(persons) == 1 else f"person {i}" for i, name in enumerate(persons, 1)}
+
+    def strip(label: Label) -> Label:
+        author = shareable(label.author) if names or not label.by_person else called[label.author]
+        return replace(
+            label,
+            author=author,
+            evidence=shareable_parts(label.evidence),
+            provenance=shareable_parts(label.provenance),
+        )
+
+    return [replace(entry, label=strip(entry.label)) for entry in entries]
 
 
 def read_entries(path: Path) -> list[LabelEntry]:

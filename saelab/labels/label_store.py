@@ -9,6 +9,7 @@ import gzip
 import json
 import os
 import sqlite3
+import tempfile
 import threading
 import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -28,6 +29,7 @@ from saelab.labels.label import (
     format_time,
     name_format,
     name_source,
+    publish_entries,
     read_entries,
     write_entries,
 )
@@ -46,6 +48,7 @@ from saelab.labels.label_tables import (
 from saelab.labels.text_search import rank_texts
 from saelab.stores.feature_store import FeatureStore
 from saelab.stores.files import write_atomic
+from saelab.stores.hub import LABELS, MANIFEST, HubAccess, Upload, find_folder, push_files
 from saelab.stores.manifest import FeatureManifest
 
 FILE = "labels.sqlite"
@@ -95,9 +98,14 @@ class LabelStore:
 
         `timeout` is the time in seconds to wait for another process's lock.
         """
-        if isinstance(store, FeatureStore):
-            return cls(store.folder / FILE, store.manifest, timeout)
-        return cls(Path(store) / FILE, FeatureManifest.load(store), timeout)
+        folder, manifest = (
+            (store.folder, store.manifest)
+            if isinstance(store, FeatureStore)
+            else (Path(store), FeatureManifest.load(store))
+        )
+        book = cls(folder / FILE, manifest, timeout)
+        book._adopt()
+        return book
 
     @property
     def sae(self) -> str:
@@ -308,6 +316,81 @@ class LabelStore:
                 if (label.feature, label.sign) not in before and (entry.fixed or label.by_person):
                     fix_choice(db, label.feature, label.sign, number if entry.fixed else None)
         return len(entries)
+
+    # ---- the Hub
+    @classmethod
+    def from_pretrained(
+        cls,
+        source: str | Path,
+        name: str | None = None,
+        *,
+        revision: str | None = None,
+        token: str | bool | None = None,
+        cache_dir: str | Path | None = None,
+        local_files_only: bool = False,
+    ) -> "LabelStore":
+        """The labels in a folder, or in a dataset repository on the Hub, of a feature store there or alone.
+
+        Those from the Hub are copied, so that labels may be added; `FeatureStore.from_pretrained` has the same folder.
+
+        Args:
+            source: local folder, or dataset repository 'owner/name'.
+            name: folder in it; None is its top.
+            revision: branch, tag or commit on the Hub; None is the default branch.
+            token: Hub access token; None uses the stored login.
+            cache_dir: folder that downloads are kept in; None is Hugging Face's.
+            local_files_only: whether to look in that folder alone and fetch nothing.
+
+        Raises:
+            FileNotFoundError: where there are no labels, or the Hub cannot be reached.
+            ValueError: the file is damaged.
+        """
+        hub = HubAccess(revision=revision, token=token, cache_dir=cache_dir, local_files_only=local_files_only)
+        folder = find_folder(source, name, FeatureManifest.files_of_kind, hub)
+        if not (folder / FILE).is_file() and not (folder / LABELS).is_file():
+            raise FileNotFoundError(f"Labels must be in {LABELS} or {FILE}, got neither in '{folder}'. Check the name.")
+        alone = not (folder / MANIFEST).is_file()
+        book = cls(folder / FILE, None if alone else FeatureManifest.load(folder))
+        book._adopt()
+        return book
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        path_in_repo: str | None = None,
+        names: bool = False,
+        revision: str | None = None,
+        commit_message: str = "Upload labels",
+        create_pr: bool = False,
+        private: bool = False,
+        token: str | bool | None = None,
+    ) -> str:
+        """Upload all labels with their choices, as labels.json.gz beside a store's files or alone, to a dataset
+        repository, created if need be; returns the commit's address. Local paths are left out.
+
+        Args:
+            repo_id: 'owner/name' on the Hub.
+            path_in_repo: folder in the repository; None is its top.
+            names: whether to name the persons who gave labels; otherwise they are called a person.
+            revision: branch, made if need be; None is the default branch.
+            commit_message: message of the commit.
+            create_pr: whether to open a pull request instead; its address is returned.
+            private: whether a new repository is private.
+            token: Hub access token; None uses the stored login.
+        """
+        to = Upload(repo_id, path_in_repo, revision, commit_message, create_pr, private, token)
+        with tempfile.TemporaryDirectory() as folder:
+            file = Path(folder, LABELS)
+            text = write_entries(publish_entries(self._entries(order="id"), names), "json")
+            write_atomic(file, gzip.compress(text.encode(), mtime=0))
+            return push_files({LABELS: file}, to)
+
+    def _adopt(self) -> None:
+        """Take over the published labels that came with a store, where nothing was kept there yet."""
+        published = self.path.with_name(LABELS)
+        if not self.path.exists() and published.is_file():
+            self.load(published)
 
     # ---- the file
     def _entries(self, feature: SupportsIndex | None = None, order: str = BY_FEATURE) -> list[LabelEntry]:

@@ -17,11 +17,12 @@ from typing_extensions import NotRequired, TypedDict
 from saelab.sae.archetypal import Archetypal
 from saelab.sae.config import SAEConfig
 from saelab.sae.formats.conventions import Convention, compose, narrow, own, take_latents
-from saelab.sae.formats.hub import HubAccess, find_release, find_source
+from saelab.sae.formats.hub import find_release, find_source
 from saelab.sae.formats.origin import Origin, SAEFacts, make_provenance
 from saelab.sae.formats.registry import OWN, keep_origin, read_foreign
 from saelab.sae.formats.sources import SAEFiles, read_tensors
 from saelab.stores.files import replace_folder, save_tensors, write_json
+from saelab.stores.hub import HubAccess
 from saelab.stores.manifest import Provenance
 from saelab.stores.validation import SEAL, check_settings, naming, read_json, read_sealed
 

@@ -8,14 +8,13 @@ import json
 import re
 import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from saelab.sae.formats.circuit_tracer import describe_transcoder
-from saelab.sae.formats.sources import inside
 from saelab.sae.module import SAEModule
-from saelab.stores.files import shareable, write_atomic
+from saelab.stores.files import inside, shareable, write_atomic
+from saelab.stores.hub import Upload
 from saelab.stores.results import Result
 
 CARD = "README.md"
@@ -46,25 +45,6 @@ ROW = re.compile(r"^\| \[`(.+?)`\]\(.*\|$", re.MULTILINE)
 HEAD = ("| SAE | activation | widths | model | place |", "|---|---|---|---|---|")
 
 
-@dataclass(frozen=True)
-class Upload:
-    """Where an SAE goes on the Hub, as Hugging Face's own functions name it."""
-
-    repo_id: str
-    """'owner/name'"""
-    path_in_repo: str | None = None
-    """folder in the repository; None is its top"""
-    revision: str | None = None
-    """branch, made if need be; None is the default branch"""
-    commit_message: str = "Upload SAE"
-    create_pr: bool = False
-    """whether to open a pull request instead"""
-    private: bool = False
-    """whether a new repository is private"""
-    token: str | bool | None = field(default=None, repr=False)
-    """access token; None uses the stored login"""
-
-
 def push(sae: SAEModule, save: Callable[[Path], None], to: Upload, format: str, evaluation: Result | None) -> str:
     """Upload an SAE's files and cards in one commit; returns the commit's address, or that of the pull request.
 
@@ -75,16 +55,11 @@ def push(sae: SAEModule, save: Callable[[Path], None], to: Upload, format: str, 
         format: library whose files are uploaded.
         evaluation: result of `evaluate` for the card; None leaves it out.
     """
-    from huggingface_hub import HfApi
-
     path = None if to.path_in_repo is None else Path(inside(to.path_in_repo)).as_posix()
     with tempfile.TemporaryDirectory() as folder:
         place = Path(folder) if path is None else Path(folder, path)
         save(place)  # first, as it refuses what a format cannot express
-        api = HfApi(token=to.token)
-        api.create_repo(to.repo_id, private=to.private, exist_ok=True)
-        if to.revision is not None and not to.revision.startswith("refs/"):
-            api.create_branch(to.repo_id, branch=to.revision, exist_ok=True)
+        api = to.begin()
         there = _read_card(api, to)
         card = write_card(sae, to.repo_id, format, evaluation, path)
         if path is None:

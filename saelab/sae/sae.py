@@ -29,16 +29,16 @@ from saelab.sae.fitting import (
     open_data,
     origin_of,
 )
-from saelab.sae.formats.hub import HubAccess
 from saelab.sae.formats.origin import Origin, SAEFacts
 from saelab.sae.formats.registry import OWN, find_format, require_room, write_foreign
 from saelab.sae.formats.sources import SAEFiles
 from saelab.sae.module import SAEModule
 from saelab.sae.pretrained import check_config, fill, load, locate, on_meta, write_sae
-from saelab.sae.publishing import Upload, push
+from saelab.sae.publishing import push
 from saelab.sae.sharding import put_together, take_share
 from saelab.sae.source_views import cut_source
 from saelab.stores.files import read_settled, shareable
+from saelab.stores.hub import HubAccess, Upload
 from saelab.stores.jobs import hold_folder
 from saelab.stores.manifest import Provenance
 from saelab.stores.results import Result

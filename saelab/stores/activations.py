@@ -13,6 +13,7 @@ import torch
 from jaxtyping import Float, Int, Int32
 from torch import Tensor
 
+from saelab.stores.hub import HubAccess, Upload, find_folder, push_store
 from saelab.stores.joined import PART_TOKENS, JoinedRows, JoinedSource
 from saelab.stores.manifest import INT_COLUMNS, ActivationsManifest, Provenance
 from saelab.stores.neighbors import NeighborBatches
@@ -74,6 +75,73 @@ class Activations:
             origin = Provenance.from_dict(manifest.provenance)
         provenance = origin.at(name, (manifest.median_norms or {}).get(name))
         return cls(_FolderRows(Path(folder), manifest, verify), name, provenance)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        source: str | Path,
+        name: str | None = None,
+        *,
+        hook_point: str | None = None,
+        revision: str | None = None,
+        token: str | bool | None = None,
+        cache_dir: str | Path | None = None,
+        local_files_only: bool = False,
+    ) -> "Activations":
+        """The activations in a folder, or in a dataset repository on the Hub, of which only what is read is fetched, in
+        blocks of 256 KiB. What was fetched is kept for the next time.
+
+        Args:
+            source: local folder, or dataset repository 'owner/name'.
+            name: folder in it; None is its top.
+            hook_point: which hook point; needed where the folder holds several.
+            revision: branch, tag or commit on the Hub; None is the default branch.
+            token: Hub access token; None uses the stored login.
+            cache_dir: folder that downloads are kept in; None is Hugging Face's.
+            local_files_only: whether to look in that folder alone and fetch nothing.
+
+        Raises:
+            FileNotFoundError: where there are none, or the Hub cannot be reached; ValueError as for `load`.
+        """
+        hub = HubAccess(revision=revision, token=token, cache_dir=cache_dir, local_files_only=local_files_only)
+        return cls.load(find_folder(source, name, ActivationsManifest.files_of_kind, hub), hook_point)
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        path_in_repo: str | None = None,
+        revision: str | None = None,
+        commit_message: str = "Upload activations",
+        create_pr: bool = False,
+        private: bool = False,
+        token: str | bool | None = None,
+    ) -> str:
+        """Upload the folder of these activations, all hook points and rows, to a dataset repository, created if need
+        be; returns the commit's address.
+
+        Local paths are left out. An upload that was cut off goes on when it is repeated.
+
+        Args:
+            repo_id: 'owner/name' on the Hub.
+            path_in_repo: folder in the repository; None is its top.
+            revision: branch, made if need be; None is the default branch.
+            commit_message: message of the commit.
+            create_pr: whether to open a pull request instead; its address is returned.
+            private: whether a new repository is private.
+            token: Hub access token; None uses the stored login.
+
+        Raises:
+            ValueError: the activations are in no folder, or a file is not what was written.
+        """
+        if not isinstance(self._rows, _FolderRows):
+            raise ValueError("Activations must be in a folder to be uploaded, got some in memory. `collect` into one.")
+        self._rows.manifest.check_shards(self._rows.folder, verify=True)
+        to = Upload(repo_id, path_in_repo, revision, commit_message, create_pr, private, token)
+        load = "acts = sl.Activations.from_pretrained({where})"
+        if len(self._rows.manifest.d_in) > 1:
+            load = f'acts = sl.Activations.from_pretrained({{where}}, hook_point="{self.hook_point}")'
+        return push_store(self._rows.folder, self._rows.manifest, to, load)
 
     @classmethod
     def from_tensor(
@@ -257,6 +325,7 @@ class _FolderRows:
     """Columns in safetensors shards; the one read last stays mapped, and no file descriptor is kept open."""
 
     def __init__(self, folder: Path, manifest: ActivationsManifest, verify: bool) -> None:
+        self.folder, self.manifest = folder, manifest
         self.files = manifest.check_shards(folder, verify)
         self.starts = [0, *accumulate(shard.n_tokens for shard in manifest.shards)]
         self.n_tokens = self.starts[-1]

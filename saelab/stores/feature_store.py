@@ -22,6 +22,7 @@ from saelab.functional.indices import ROWS_AT_ONCE, ChosenRuns, MarkedRows, find
 from saelab.stores.corpus import Places, StoredText, choose_documents
 from saelab.stores.feature_statistics import STATISTICS, FeatureStatistics, measure
 from saelab.stores.files import checksum, find_inside
+from saelab.stores.hub import HubAccess, Upload, find_folder, push_store
 from saelab.stores.manifest import FeatureManifest, Provenance
 from saelab.stores.packing import MapBudget, ShardArrays, as_csr
 from saelab.stores.results import Drawn
@@ -89,6 +90,62 @@ class FeatureStore:
                 f"{folder} must hold the {manifest.n_entries} codes of its manifest.json, got {found}. Was it edited?"
             )
         return cls(Path(folder), manifest, files)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        source: str | Path,
+        name: str | None = None,
+        *,
+        revision: str | None = None,
+        token: str | bool | None = None,
+        cache_dir: str | Path | None = None,
+        local_files_only: bool = False,
+    ) -> "FeatureStore":
+        """The store in a folder, or in a dataset repository on the Hub, of which only what is read is fetched: codes in
+        blocks of 256 KiB, the tokens of the text and the statistics as wholes. What was fetched is kept.
+
+        Args:
+            source: local folder, or dataset repository 'owner/name'.
+            name: folder in it; None is its top.
+            revision: branch, tag or commit on the Hub; None is the default branch.
+            token: Hub access token; None uses the stored login.
+            cache_dir: folder that downloads are kept in; None is Hugging Face's.
+            local_files_only: whether to look in that folder alone and fetch nothing.
+
+        Raises:
+            FileNotFoundError: where there is no store, or the Hub cannot be reached; ValueError as for `load`.
+        """
+        hub = HubAccess(revision=revision, token=token, cache_dir=cache_dir, local_files_only=local_files_only)
+        return cls.load(find_folder(source, name, FeatureManifest.files_of_kind, hub))
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        path_in_repo: str | None = None,
+        revision: str | None = None,
+        commit_message: str = "Upload feature store",
+        create_pr: bool = False,
+        private: bool = False,
+        token: str | bool | None = None,
+    ) -> str:
+        """Upload the store to a dataset repository, created if need be; returns the commit's address.
+
+        Without local paths and labels. An upload that was cut off goes on when it is repeated.
+
+        Args:
+            repo_id: 'owner/name' on the Hub.
+            path_in_repo: folder in the repository; None is its top.
+            revision: branch, made if need be; None is the default branch.
+            commit_message: message of the commit.
+            create_pr: whether to open a pull request instead; its address is returned.
+            private: whether a new repository is private.
+            token: Hub access token; None uses the stored login.
+        """
+        self.verify()
+        to = Upload(repo_id, path_in_repo, revision, commit_message, create_pr, private, token)
+        return push_store(self.folder, self.manifest, to, "store = sl.FeatureStore.from_pretrained({where})")
 
     def verify(self) -> None:
         """Compare the checksum of every file with the manifest; ValueError naming the first that differs."""

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO, TypeVar
+from typing import Any, BinaryIO, TypeVar
 from urllib.parse import urlsplit, urlunsplit
 
 import torch
@@ -373,6 +373,14 @@ def require_file_name(name: str) -> str:
     return name
 
 
+def inside(name: str) -> str:
+    """The name itself; ValueError for a path that leads out of the folder."""
+    parts = Path(name).parts
+    if not parts or Path(name).is_absolute() or ".." in parts or name.startswith("~"):
+        raise ValueError(f"A file must be named by its path inside its folder, got '{name}', which leaves it.")
+    return name
+
+
 def as_file_name(text: str) -> str:
     """A file or folder name made from a text: characters other than letters, digits, '.', '_' and '-' become '-'.
 
@@ -445,6 +453,21 @@ def shareable_words(text: str) -> str:
     'SAE(TopK(k=2), at blocks.0 of tiny)'
     """
     return re.sub(r"(?<![\w/:.])(?:~|[A-Za-z]:)?(?:[\\/][^\s,;()\\/]+)+", lambda path: shareable(path[0]), text)
+
+
+def shareable_parts(value: Any) -> Any:
+    """A value of JSON in whose texts every path is cut to its last part.
+
+    >>> shareable_parts({"sae": "../runs/sae", "of": ["harvest of /home/ada/tiny", 3]})
+    {'sae': 'sae', 'of': ['harvest of tiny', 3]}
+    """
+    if isinstance(value, Mapping):
+        return {name: shareable_parts(one) for name, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [shareable_parts(one) for one in value]
+    if not isinstance(value, str):
+        return value
+    return shareable(value) if value.startswith(("~", "./", "../")) else shareable_words(value)
 
 
 def hide_password(url: str) -> str:

@@ -14,7 +14,7 @@ from typing import Any, ClassVar, TypeAlias, TypeVar
 import torch
 from torch import Tensor
 
-from saelab.stores.files import checksum, find_inside, require_file_name, shareable, write_json
+from saelab.stores.files import checksum, find_inside, require_file_name, shareable, shareable_parts, write_json
 from saelab.stores.packing import smallest_int
 from saelab.stores.tensors import TensorFile, TensorSpec
 from saelab.stores.validation import SEAL, SHOWN, naming, read_fields, read_sealed, refuse_unknown, require_object
@@ -85,6 +85,13 @@ class Manifest(ABC):
         """Write `manifest.json` into `folder`, atomically."""
         head = {"schema_version": SCHEMA_VERSION, "kind": self.kind}
         write_json(Path(folder) / "manifest.json", head | self.counts() | asdict(self), sealed=True)
+
+    def published(self: AnyManifest) -> AnyManifest:
+        """A copy in which every path is cut to its last part: what a folder that others get says of its origin."""
+        own = {
+            f.name: shareable_parts(getattr(self, f.name)) for f in fields(self) if f.name not in ("shards", "files")
+        }
+        return replace(self, **own)
 
     @classmethod
     def load(cls: type[AnyManifest], folder: str | Path) -> AnyManifest:

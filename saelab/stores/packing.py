@@ -3,9 +3,7 @@
 A shard is read as memory-mapped arrays, whose parts are checked when they are first read.
 """
 
-import os
 from collections.abc import Callable, Iterator, Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
@@ -171,7 +169,7 @@ class ShardArrays(ArraysByName):
     def __init__(self, file: TensorFile, d_sae: int, budget: MapBudget) -> None:
         self._file, self._budget = file, budget
         budget.add(self._release)
-        self._identity = _identify(file.path)
+        self._identity = file.identify()
         self._maps: dict[str, Array] = {}
         n_tokens = file.specs["places"].shape[0]
         self._bounds = {"latents": d_sae, "feature_tokens": n_tokens, "places": 2**31}
@@ -205,7 +203,7 @@ class ShardArrays(ArraysByName):
 
     def _map(self, name: str) -> Array:
         """One array; ValueError where the file is no longer the one that was checked."""
-        if _identify(self._file.path) != self._identity:
+        if self._file.identify() != self._identity:
             raise ValueError(
                 f"{self._file.path} must stay as it was opened, but it was replaced or edited. Load the store again."
             )
@@ -234,9 +232,3 @@ class ShardArrays(ArraysByName):
         if not whole or ends[0] < 0 or ends[1] > self._n_entries or bool((part[1:] < part[:-1]).any()):
             return f"must rise from 0 to {self._n_entries}"
         return ""
-
-
-def _identify(path: Path) -> tuple[int, ...]:
-    """Values that differ between a file and one that replaced it."""
-    found = os.stat(path)
-    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns

@@ -22,6 +22,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from saelab.stores.partial_files import PartialFile
 from saelab.stores.validation import parse_json
 
 Chunk: TypeAlias = bytes | memoryview
@@ -75,6 +76,11 @@ class TensorSpec:
         """Number of blocks, each of which has a checksum."""
         return -(-self.n_bytes // BLOCK)
 
+    def span(self, block: int) -> tuple[int, int]:
+        """The first byte of a block in the file, and the byte after its last."""
+        start = self.offset + block * BLOCK
+        return start, min(start + BLOCK, self.offset + self.n_bytes)
+
     @cached_property
     def row_bytes(self) -> int:
         """Size in bytes of one entry of the first axis."""
@@ -96,6 +102,7 @@ class TensorFile:
     ) -> None:
         self.path, self.specs, self.metadata = path, specs, metadata
         self._sums = sums
+        self._partial = PartialFile.find(path)
         n_blocks = [0, *accumulate(spec.n_blocks for spec in specs.values())]
         self._first = dict(zip(specs, n_blocks, strict=False))
         self._seen = np.zeros(n_blocks[-1], bool)
@@ -184,20 +191,47 @@ class TensorFile:
         new = blocks[~self._seen[first + blocks]] if spec.n_bytes else blocks[:0]
         if len(new) == 0:
             return range(0)
-        if self._sums is not None:
-            raw = self._bytes
-            for block in new.tolist():
-                start = spec.offset + block * BLOCK
-                size = min(BLOCK, spec.n_bytes - block * BLOCK)
-                if zlib.crc32(raw[start : start + size]) != self._sums[first + block]:
-                    raise ValueError(
-                        f"{self.path} must hold what was written, but bytes {start} to {start + size} (of '{name}') "
-                        "have another checksum: the file was damaged or edited. Copy it again, or make it again."
-                    )
+        spans = [spec.span(block) for block in new.tolist()]
+        self._fetch(spans)
+        for block, (start, stop) in zip(new.tolist(), spans, strict=True):
+            if not self._agrees(start, stop, first + block):
+                raise ValueError(
+                    f"{self.path} must hold what was written, but bytes {start} to {stop} (of '{name}') "
+                    "have another checksum: the file was damaged or edited. Copy it again, or make it again."
+                )
         self._seen[first + new] = True
         size = max(1, spec.row_bytes)
         n_rows = spec.shape[0] if spec.shape else 1
         return range(int(new[0]) * BLOCK // size, min(n_rows, -(-(int(new[-1]) + 1) * BLOCK // size)))
+
+    def _fetch(self, spans: Sequence[tuple[int, int]]) -> None:
+        """Of a file of which parts are here: get what is missing, neighboring blocks together."""
+        if self._partial is None:
+            return
+        start, stop = spans[0]
+        for first, end in spans[1:]:
+            if first > stop:
+                self._partial.fetch(start, stop)
+                start = first
+            stop = end
+        self._partial.fetch(start, stop)
+        self.release()  # a map that is made now has what was written
+
+    def _agrees(self, start: int, stop: int, block: int) -> bool:
+        """Whether bytes have the checksum of a block; a fetched part that does not is fetched once more."""
+        if self._sums is None or zlib.crc32(self._bytes[start:stop]) == self._sums[block]:
+            return True
+        if self._partial is None:
+            return False
+        self._partial.forget(start, stop)
+        self._fetch([(start, stop)])
+        return zlib.crc32(self._bytes[start:stop]) == self._sums[block]
+
+    def identify(self) -> tuple[int, ...]:
+        """Numbers that differ between the file and one that replaced it, or was edited."""
+        found = os.stat(self.path)
+        time = found.st_mtime_ns if self._partial is None else 0  # which grows by what is read
+        return found.st_dev, found.st_ino, found.st_size, time
 
 
 def map_tensor(path: str | Path, spec: TensorSpec) -> Tensor:
@@ -273,6 +307,8 @@ def _find_seal(text: bytes) -> int:
 
 
 def _read_header(path: Path) -> tuple[dict[str, TensorSpec], dict[str, str], list[int] | None]:
+    if (partial := PartialFile.find(path)) is not None:
+        partial.fetch_header(MAX_HEADER)
     with open(path, "rb") as file:
         size = os.fstat(file.fileno()).st_size
         length = int.from_bytes(file.read(8), "little")

@@ -8,7 +8,7 @@ whatever else the files leave out. `{...}` is replaced by a named group of eithe
 import glob
 import re
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -17,28 +17,17 @@ from saelab.sae.formats.circuit_tracer import CONFIG as CIRCUIT_TRACER_CONFIG
 from saelab.sae.formats.origin import SAEFacts
 from saelab.sae.formats.registry import READERS
 from saelab.sae.formats.releases import find_near, find_published, pick, read_table, suggest
-from saelab.sae.formats.sources import ARCHIVES, INDEX, PICKLES, SAEFiles, find_whole, inside, is_weights
+from saelab.sae.formats.sources import ARCHIVES, INDEX, PICKLES, SAEFiles, find_whole, is_weights
 from saelab.sae.formats.sparsify import RUN
+from saelab.stores.files import inside
+from saelab.stores.hub import HubAccess, describe_failure
 
 OWN_FILES = ("config.json", "model.safetensors", "origin.safetensors")
+ANY_HUB = HubAccess()
 WEIGHT_SUFFIXES = (*PICKLES, *ARCHIVES, ".safetensors")
 
 
-@dataclass(frozen=True, kw_only=True)
-class HubAccess:
-    """How to ask the Hub, as Hugging Face's own functions name it."""
-
-    revision: str | None = None
-    """branch, tag or commit; None is the default branch"""
-    token: str | bool | None = field(default=None, repr=False)
-    """access token; None uses the stored login"""
-    cache_dir: str | Path | None = None
-    """folder of the cache; None is Hugging Face's"""
-    local_files_only: bool = False
-    """whether to look in the cache alone"""
-
-
-def find_source(source: str | Path, name: str | None = None, hub: HubAccess = HubAccess()) -> SAEFiles:
+def find_source(source: str | Path, name: str | None = None, hub: HubAccess = ANY_HUB) -> SAEFiles:
     """Local folder or file of an SAE, downloaded from the Hub repository 'owner/name' where `source` is no local path;
     `name` is a sub-folder or file.
 
@@ -93,7 +82,8 @@ def _fetch(repo: str, files: list[str], hub: HubAccess) -> Path:
             )
         )
     except OSError as error:  # base class of huggingface_hub's errors
-        raise FileNotFoundError(_describe_failure(repo, hub, error)) from error
+        near = find_near(repo, {entry["repo"] for entry in read_table().values()})
+        raise FileNotFoundError(describe_failure(repo, hub, error, suggest(near))) from error
 
 
 def _match(file: PurePosixPath) -> list[str]:
@@ -102,39 +92,6 @@ def _match(file: PurePosixPath) -> list[str]:
         return [glob.escape(str(file))]
     parts = f"{glob.escape(str(file.with_suffix('')))}-?????-of-?????{file.suffix}"
     return [glob.escape(str(file)), glob.escape(f"{file}{INDEX}"), parts]
-
-
-def _describe_failure(repo: str, hub: HubAccess, error: OSError) -> str:
-    from huggingface_hub import constants
-    from huggingface_hub.errors import (
-        GatedRepoError,
-        LocalEntryNotFoundError,
-        RepositoryNotFoundError,
-        RevisionNotFoundError,
-    )
-
-    if isinstance(error, GatedRepoError):
-        return (
-            f"'{repo}' must be open to you, and its authors grant access at https://huggingface.co/{repo}. Ask there, "
-            "then pass token= or log in with `hf auth login`."
-        )
-    if isinstance(error, RepositoryNotFoundError):
-        near = find_near(repo, {entry["repo"] for entry in read_table().values()})
-        hint = suggest(near) or "Check the name; for a private one pass token= or log in with `hf auth login`."
-        return f"'{repo}' must be a local folder or a repository on the Hub, got none that is open to you. {hint}"
-    if isinstance(error, RevisionNotFoundError):
-        return f"`revision` must be a branch, tag or commit of '{repo}', got '{hub.revision}', which it does not have."
-    if isinstance(error, LocalEntryNotFoundError) and (hub.local_files_only or constants.HF_HUB_OFFLINE):
-        why = "local_files_only" if hub.local_files_only else "HF_HUB_OFFLINE"
-        at = f" at revision '{hub.revision}'" if hub.revision else ""
-        return (
-            f"'{repo}'{at} must be in the cache {hub.cache_dir or constants.HF_HUB_CACHE}, as {why} forbids to fetch "
-            "it, got none there. Load it once with a connection."
-        )
-    return (
-        f"'{repo}' is no local folder and could not be fetched from the Hub ({type(error).__name__}); check the name "
-        "and the connection."
-    )
 
 
 def _describe_absence(repo: str, name: str | None, folder: Path, hub: HubAccess) -> str:

@@ -19,7 +19,8 @@ from saelab.sae.activation_functions import BatchTopK, JumpReLU, ReLU, TopK
 from saelab.sae.activation_registry import Activation
 from saelab.sae.formats.conventions import Convention
 from saelab.sae.formats.origin import ParsedSAE, SAEFacts, require
-from saelab.sae.formats.sources import SAEFiles, inside, require_number, require_tensors
+from saelab.sae.formats.sources import SAEFiles, require_number, require_tensors
+from saelab.stores.files import inside
 
 CONFIG, WEIGHTS, PICKLED = "config.json", "sae_weights.safetensors", "sae_weights.pt"
 HYPERPARAMETERS, FINAL = "hyperparams.json", "checkpoints/final.safetensors"

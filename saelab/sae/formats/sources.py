@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 from typing_extensions import TypedDict
 
-from saelab.stores.files import await_settled, find_inside
+from saelab.stores.files import await_settled, find_inside, inside
 from saelab.stores.tensors import TensorFile, TensorSpec, map_tensor
 from saelab.stores.validation import check_settings, read_json
 
@@ -378,14 +378,6 @@ class SAEFiles:
     def place(self) -> Path:
         """Path of the folder or the file, for messages."""
         return self.folder if self.file is None else self.folder / self.file
-
-
-def inside(name: str) -> str:
-    """The name itself; ValueError for one that leads out of the folder."""
-    parts = Path(name).parts
-    if not parts or Path(name).is_absolute() or ".." in parts or name.startswith("~"):
-        raise ValueError(f"A file must be named by its path inside the SAE's folder, got '{name}', which leaves it.")
-    return name
 
 
 def require_tensors(held: Mapping[str, Any], names: tuple[str, ...], place: Path) -> dict[str, Tensor]:
