@@ -87,16 +87,16 @@ class Handler(BaseHTTPRequestHandler):
             self.rfile.readline()
         routes = {
             r"/api/repos/create": self.create,
-            r"/api/datasets/(\w+/\w+)/branch/(.+)": self.branch,
-            r"/api/datasets/(\w+/\w+)/preupload/(.+)": self.preupload,
-            r"/api/datasets/(\w+/\w+)/commit/(.+)": self.take,
-            r"/api/datasets/(\w+/\w+)/tree/([^/]+)/?(.*)": self.tree,
-            r"/api/datasets/(\w+/\w+)/paths-info/(.+)": self.info,
-            r"/api/datasets/(\w+/\w+)(?:/revision/(.+))?": self.about,
-            r"/datasets/(\w+/\w+)\.git/info/lfs/objects/batch": self.batch,
+            r"/api/(?:models|datasets)/(\w+/\w+)/branch/(.+)": self.branch,
+            r"/api/(?:models|datasets)/(\w+/\w+)/preupload/(.+)": self.preupload,
+            r"/api/(?:models|datasets)/(\w+/\w+)/commit/(.+)": self.take,
+            r"/api/(?:models|datasets)/(\w+/\w+)/tree/([^/]+)/?(.*)": self.tree,
+            r"/api/(?:models|datasets)/(\w+/\w+)/paths-info/(.+)": self.info,
+            r"/api/(?:models|datasets)/(\w+/\w+)(?:/revision/(.+))?": self.about,
+            r"(?:/datasets)?/(\w+/\w+)\.git/info/lfs/objects/batch": self.batch,
             r"/api/validate-yaml": lambda body: self.reply({"errors": [], "warnings": []}),
             r"/objects/(\w+)": self.store,
-            r"/datasets/(\w+/\w+)/resolve/([^/]+)/(.+)": self.resolve,
+            r"(?:/datasets)?/(\w+/\w+)/resolve/([^/]+)/(.+)": self.resolve,
         }
         for pattern, route in routes.items():
             if found := re.fullmatch(pattern, path):
@@ -123,10 +123,10 @@ class Handler(BaseHTTPRequestHandler):
         if (repo, "main") in self.hub.branches:
             self.reply({"error": "You already created this", "url": f"{self.host}/datasets/{repo}"}, 409)
             return
-        assert given["type"] == "dataset"
+        kind = "datasets/" if given.get("type") == "dataset" else ""
         self.hub.private[repo] = given.get("private") or given.get("visibility") == "private"
         self.hub.commit(repo, "main", {}, "initial commit")
-        self.reply({"url": f"{self.host}/datasets/{repo}", "name": repo, "id": repo})
+        self.reply({"url": f"{self.host}/{kind}{repo}", "name": repo, "id": repo})
 
     def branch(self, body: bytes, repo: str, branch: str) -> None:
         if (repo, branch) in self.hub.branches:

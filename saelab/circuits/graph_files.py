@@ -23,8 +23,9 @@ from saelab.circuits.graph_views import (
     name_nodes,
     reads_attention,
 )
-from saelab.stores.files import as_file_name, shareable, write_json
+from saelab.stores.files import as_file_name, write_json
 from saelab.stores.jobs import hold_folder
+from saelab.stores.sharing import shareable
 from saelab.stores.validation import read_json, require_object
 
 SCHEMA_VERSION = 1

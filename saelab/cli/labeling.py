@@ -3,7 +3,6 @@
 Labels come from rules on tokens or from a language model, and are kept in the store's label store.
 """
 
-import getpass
 import json
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, nullcontext
@@ -28,6 +27,7 @@ SCORERS = ",".join(Source("saelab.labels.autointerp.explainers:explain_features"
 N_PREDICATES = read_value("saelab.labels.rules.predicates:N_PREDICATES")
 N_TOKENS = read_value("saelab.labels.rules.rule_search:N_TOKENS")
 BOTH, FORMATS = read_value("saelab.labels.label:BOTH"), read_value("saelab.labels.label:Format")
+ME = read_value("saelab.labels.label:ME")
 
 FeatureNumber = Annotated[int, Argument(metavar="FEATURE", help="Number of the feature.")]
 Author = Annotated[str, Argument(metavar="AUTHOR", help="Whose label; `show` lists the authors.")]
@@ -73,10 +73,10 @@ def set_label(
     feature: FeatureNumber,
     text: Annotated[str, Argument(metavar="TEXT")],
     sign: Sign = BOTH,
-    author: Annotated[str | None, Option(metavar="NAME", show_default="your user name")] = None,
+    author: Annotated[str, Option(metavar="NAME")] = ME,
 ) -> None:
     """Give a feature a label and choose it; it stays chosen until a person chooses another."""
-    echo(_describe(_open(context).set(feature, text, author=author or getpass.getuser(), sign=sign)))
+    echo(_describe(_open(context).set(feature, text, author=author, sign=sign)))
 
 
 @options.documented_by(SET)

@@ -38,10 +38,10 @@ from saelab.sae.sae import SAE
 from saelab.stores.activations import Activations
 from saelab.stores.feature_statistics import FeatureStatistics, save_statistics
 from saelab.stores.feature_store import FeatureStore
-from saelab.stores.files import relative_place
 from saelab.stores.jobs import hidden
 from saelab.stores.manifest import FeatureManifest
 from saelab.stores.packing import pack_codes, round_values, smallest_int
+from saelab.stores.sharing import relative_place
 from saelab.stores.tensors import TensorFile
 from saelab.training.ranks import RankGrid, Steps, run_together
 

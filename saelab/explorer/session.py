@@ -3,7 +3,6 @@
 The language model loads in a thread; until it is there, everything that needs no model works.
 """
 
-import getpass
 import json
 import tempfile
 import threading
@@ -19,7 +18,7 @@ from saelab.collecting.harvesting import require_harvested
 from saelab.evaluation.results import ConceptScores, Evaluation
 from saelab.explorer.catalog import FeatureCatalog
 from saelab.labels.annotations import Annotations
-from saelab.labels.label import BOTH, Format, Label, join_texts
+from saelab.labels.label import BOTH, ME, Format, Label, join_texts
 from saelab.labels.label_store import LabelStore
 from saelab.lm.hook_points import hook_points_of, share_weights
 from saelab.lm.model_checks import Model
@@ -28,7 +27,8 @@ from saelab.lm.unembedding import Unembedding
 from saelab.sae.compatibility import match_places, match_weights
 from saelab.sae.sae import SAE
 from saelab.stores.feature_store import FeatureStore
-from saelab.stores.files import shareable, to_json
+from saelab.stores.files import to_json
+from saelab.stores.sharing import shareable
 from saelab.stores.validation import read_json
 
 if TYPE_CHECKING:  # what only some explorers show is imported with it, for the first page comes sooner
@@ -121,7 +121,7 @@ class Explorer:
         self.evaluation, self.attribution, self.concepts = evaluation, attribution, concepts
         self.client, self.read_only = client, read_only
         self.title = title or name_store(store)
-        self.author = _find_user()
+        self.author = ME
         self.labels = LabelStore.open(store)
         self.annotations = Annotations(self.labels, store.d_sae, read_only)
         self.catalog = FeatureCatalog(store, self.labels, self.annotations, sae, concepts)
@@ -374,13 +374,6 @@ class Explorer:
             thread.join(max(0.0, last - time.monotonic()))
         with self._keeping:
             self.labels.close()
-
-
-def _find_user() -> str:
-    try:
-        return getpass.getuser()
-    except (OSError, KeyError, ImportError):  # a container without a user of that number
-        return "me"
 
 
 def _say(error: Exception) -> str:

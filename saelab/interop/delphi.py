@@ -25,10 +25,11 @@ from saelab.lm.tokens import Tokens
 from saelab.stores.corpus import StoredText
 from saelab.stores.feature_statistics import measure, save_statistics
 from saelab.stores.feature_store import FeatureStore
-from saelab.stores.files import as_file_name, checksum, replace_folder, save_tensors, shareable, write_json
+from saelab.stores.files import as_file_name, checksum, replace_folder, save_tensors, write_json
 from saelab.stores.jobs import hidden
 from saelab.stores.manifest import FeatureManifest, Provenance
 from saelab.stores.packing import pack_codes
+from saelab.stores.sharing import shareable
 from saelab.stores.validation import read_json
 
 NAME = re.compile(r"(\d+)_(\d+)")

@@ -32,16 +32,9 @@ from saelab.lm.unembedding import read_out
 from saelab.sae.compatibility import match_weights
 from saelab.sae.sae import SAE
 from saelab.stores.feature_store import FeatureStore
-from saelab.stores.files import (
-    as_file_name,
-    replace_folder,
-    shareable,
-    shareable_words,
-    to_json,
-    write_atomic,
-    write_json,
-)
+from saelab.stores.files import as_file_name, replace_folder, to_json, write_atomic, write_json
 from saelab.stores.jobs import hidden
+from saelab.stores.sharing import shareable, shareable_words
 
 N_TOP, N_EACH, N_QUANTILES, N_BINS, N_ROWS, N_LOGITS = 20, 5, 10, 50, 3, 10
 TOP = -1

@@ -7,7 +7,8 @@ from typing import Any
 
 from saelab.evaluation.results import Evaluation
 from saelab.sae.sae import SAE
-from saelab.stores.files import shareable, write_json
+from saelab.stores.files import write_json
+from saelab.stores.sharing import shareable
 
 NOT_MEASURED = {
     "reconstruction_quality": ("explained_variance_legacy", "mse"),

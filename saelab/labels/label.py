@@ -22,7 +22,8 @@ import numpy as np
 
 from saelab.functional.indices import read_feature
 from saelab.stores.feature_store import FeatureStore
-from saelab.stores.files import shareable, shareable_parts, to_json
+from saelab.stores.files import to_json
+from saelab.stores.sharing import shareable, shareable_parts
 
 LabelKind = Literal["input", "output", "position", "two-sided", "polysemantic", "none", "free"]
 """What a label describes.
@@ -41,10 +42,14 @@ PACKED = ("scores", "evidence", "provenance")
 COLUMNS = ("feature", "sign", "text", "kind", "author", "by_person", "chosen", "fixed", "time", *PACKED)
 FORMULA = re.compile("^'*[=+\\-@\t\r\n\uff1d\uff0b\uff0d\uff20]")
 """cells that a spreadsheet would run as a formula, and cells that look like an escaped one"""
+LOCAL = re.compile(r"[/~]|\w:\\|\\\\")
+"""beginnings of a name that is a path"""
 LONGEST_CELL = 2**31 - 1
 FIRST_USER = "clkht01d40000jv08hvalcvly"
 """id of the user that the seed of every Neuronpedia installation makes"""
 SOURCE_SET = "saelab"
+ME = "me"
+"""author of a person's label where no name is given: that of the user is not looked up, as labels are shared"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,7 +139,7 @@ def describe_origin(label: Label) -> str:
     """
     scores = describe_scores(label)
     person = ", a person" if label.by_person else ""
-    return f"by {label.author}{person}" + (f": {scores}" if scores else "")
+    return f"by {shareable(label.author)}{person}" + (f": {scores}" if scores else "")
 
 
 def main_score(label: Label | ShownLabel) -> float | None:
@@ -255,7 +260,8 @@ def write_entries(entries: Sequence[LabelEntry], form: Format, model_id: str = "
 
 
 def publish_entries(entries: Sequence[LabelEntry], names: bool = False) -> list[LabelEntry]:
-    """Labels as others get them: without local paths and, unless `names` is set, without the names of persons.
+    """Labels as others get them: without local paths and, unless `names` is set, without the names of persons. Evidence,
+    which quotes the text, stays.
 
     One person is called a person, several person 1, person 2 and so on.
 
@@ -268,13 +274,10 @@ def publish_entries(entries: Sequence[LabelEntry], names: bool = False) -> list[
     called = {name: "a person" if len(persons) == 1 else f"person {i}" for i, name in enumerate(persons, 1)}
 
     def strip(label: Label) -> Label:
-        author = shareable(label.author) if names or not label.by_person else called[label.author]
-        return replace(
-            label,
-            author=author,
-            evidence=shareable_parts(label.evidence),
-            provenance=shareable_parts(label.provenance),
-        )
+        author = label.author if names or not label.by_person else called[label.author]
+        if LOCAL.match(author):
+            author = shareable(author) or author
+        return replace(label, author=author, provenance=shareable_parts(label.provenance))
 
     return [replace(entry, label=strip(entry.label)) for entry in entries]
 

@@ -287,11 +287,11 @@ class LabelStore:
             source_id: Neuronpedia's name of the SAE; empty for layer and set as `export_store` has them, such as
                 6-saelab.
 
-        The file names authors, evidence and provenance, so that it can be read back. What `export_store` writes for
-        Neuronpedia does not.
+        The file names authors, evidence and provenance, so that it can be read back, without local paths and passwords.
+        What `export_store` writes for Neuronpedia names no author, either.
         """
         path, form = Path(path), form or name_format(Path(path))
-        entries = self._entries(order="id")
+        entries = publish_entries(self._entries(order="id"), names=True)
         if form == "neuronpedia":
             entries = [entry for entry in entries if entry.label.kind != "none"]
         origin: Mapping[str, Any] = self._manifest.provenance if self._manifest else {}

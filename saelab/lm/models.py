@@ -32,8 +32,8 @@ from saelab.lm.model_checks import (
 )
 from saelab.lm.tokenizers import copy_tokenizer
 from saelab.lm.unwrapped import drop_hollow, make_probe, run, set_attention, strip
-from saelab.stores.files import shareable
 from saelab.stores.jobs import hidden
+from saelab.stores.sharing import shareable
 
 logger = logging.getLogger(__name__)
 _STARTERS = ("fork", "forkpty", "posix_spawn", "posix_spawnp", "system", "popen", "startfile")

@@ -14,8 +14,8 @@ from saelab.functional.codes import SparseCodes
 from saelab.lm.unwrapped import attach
 from saelab.sae.formats.origin import dtype_name
 from saelab.sae.module import SAEModule
-from saelab.stores.files import shareable
 from saelab.stores.manifest import Provenance
+from saelab.stores.sharing import shareable
 
 ModulePort = Literal["input", "output"]
 

@@ -21,9 +21,10 @@ from saelab.sae.pretrained import fill, on_meta
 from saelab.sae.sae import SAE
 from saelab.sae.training_clt import TrainingCLT, finish_clt
 from saelab.stores.activations import ActivationPairs, Activations
-from saelab.stores.files import await_settled, read_settled, replace_folder, save_tensors, shareable, write_json
+from saelab.stores.files import await_settled, read_settled, replace_folder, save_tensors, write_json
 from saelab.stores.jobs import hold_folder
 from saelab.stores.manifest import Provenance
+from saelab.stores.sharing import shareable
 from saelab.stores.tensors import load_tensors
 from saelab.stores.validation import SEAL, naming, read_json, read_sealed, refuse_unknown
 from saelab.training.config import Batches, TrainConfig

@@ -13,9 +13,10 @@ from typing import Any
 
 from saelab.sae.formats.circuit_tracer import describe_transcoder
 from saelab.sae.module import SAEModule
-from saelab.stores.files import inside, shareable, write_atomic
+from saelab.stores.files import inside, write_atomic
 from saelab.stores.hub import Upload
 from saelab.stores.results import Result
+from saelab.stores.sharing import shareable
 
 CARD = "README.md"
 LOADERS = {

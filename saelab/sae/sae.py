@@ -37,11 +37,12 @@ from saelab.sae.pretrained import check_config, fill, load, locate, on_meta, wri
 from saelab.sae.publishing import push
 from saelab.sae.sharding import put_together, take_share
 from saelab.sae.source_views import cut_source
-from saelab.stores.files import read_settled, shareable
+from saelab.stores.files import read_settled
 from saelab.stores.hub import HubAccess, Upload
 from saelab.stores.jobs import hold_folder
 from saelab.stores.manifest import Provenance
 from saelab.stores.results import Result
+from saelab.stores.sharing import shareable
 from saelab.stores.validation import naming
 from saelab.training.config import TrainConfig
 from saelab.training.loop import HistoryEntry, Sink, train
@@ -236,8 +237,7 @@ class SAE(SAEModule):
     ) -> str:
         """Upload the files and a model card to a Hub repository, created if need be; returns the commit's address.
 
-        The card describes the SAE and how to load it. A repository may hold several SAEs, each in a folder, which
-        `from_pretrained(repo_id, path_in_repo)` reads: the card at its top lists them.
+        A repository may hold several SAEs, each in a folder for `from_pretrained(repo_id, path_in_repo)`.
 
         Args:
             repo_id: 'owner/name' on the Hub.

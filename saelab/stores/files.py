@@ -1,6 +1,6 @@
 """Atomic writing of files: safetensors, JSON, and all files of a folder at once; and safe file names.
 
-Names read from files are checked, and text is freed of local paths and passwords.
+Names read from files are checked.
 """
 
 import errno
@@ -15,8 +15,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, TypeVar
-from urllib.parse import urlsplit, urlunsplit
+from typing import BinaryIO, TypeVar
 
 import torch
 from torch import Tensor
@@ -408,84 +407,3 @@ def find_inside(folder: str | Path, name: str) -> Path:
                 f"{path} must be a file of its folder, got a link to {place}. Copy that file here if it is meant."
             )
     return path
-
-
-def shareable(name: str) -> str:
-    """A name without private parts: a local path is cut to its last part.
-
-    A Hugging Face id is kept, and so is a URL, without its password.
-
-    >>> shareable("/home/ada/models/tiny"), shareable("EleutherAI/pythia-70m")
-    ('tiny', 'EleutherAI/pythia-70m')
-    """
-    if "://" in name:
-        return hide_password(name) if not name.startswith("file:") else name.rstrip("/").rpartition("/")[2]
-    local = name.startswith(("/", "~", ".", "\\")) or re.match(r"[A-Za-z]:[\\/]", name) or "\\" in name
-    deep = name.count("/") > 1 or (name.count("/") == 1 and Path(name).exists())
-    return re.split(r"[\\/]", name.rstrip("\\/"))[-1] if local or deep else name
-
-
-def relative_place(name: str, folder: str | Path) -> str:
-    """The path of a local folder relative to another, so that it reveals no home directory.
-
-    Only its last part is returned where the two share no more than the root or a home directory, and a name that is no
-    local folder is returned as it is.
-
-    >>> relative_place("/work/ada/sae", "/work/ada/store")
-    '../sae'
-    """
-    if not name or not (Path(name).is_absolute() or name.startswith("~") or Path(name).exists()):
-        return name
-    there, here = Path(name).expanduser().absolute(), Path(folder).expanduser().absolute()
-    try:
-        shared = Path(os.path.commonpath([there, here]))
-    except ValueError:  # on two drives
-        return there.name
-    if len(shared.parts) <= 2 or shared in (Path.home(), Path.home().parent):
-        return there.name
-    return Path(os.path.relpath(there, here)).as_posix()
-
-
-def shareable_words(text: str) -> str:
-    """A text in which every absolute path is cut to its last part.
-
-    >>> shareable_words("SAE(TopK(k=2), at blocks.0 of /home/ada/tiny)")
-    'SAE(TopK(k=2), at blocks.0 of tiny)'
-    """
-    return re.sub(r"(?<![\w/:.])(?:~|[A-Za-z]:)?(?:[\\/][^\s,;()\\/]+)+", lambda path: shareable(path[0]), text)
-
-
-def shareable_parts(value: Any) -> Any:
-    """A value of JSON in whose texts every path is cut to its last part.
-
-    >>> shareable_parts({"sae": "../runs/sae", "of": ["harvest of /home/ada/tiny", 3]})
-    {'sae': 'sae', 'of': ['harvest of tiny', 3]}
-    """
-    if isinstance(value, Mapping):
-        return {name: shareable_parts(one) for name, one in value.items()}
-    if isinstance(value, list | tuple):
-        return [shareable_parts(one) for one in value]
-    if not isinstance(value, str):
-        return value
-    return shareable(value) if value.startswith(("~", "./", "../")) else shareable_words(value)
-
-
-def hide_password(url: str) -> str:
-    """A URL whose user name and password, if any, are replaced by `***`.
-
-    >>> hide_password("https://ada:secret@host:1234/v1")
-    'https://***@host:1234/v1'
-    """
-    parts = urlsplit(url)
-    _, at, host = parts.netloc.rpartition("@")
-    return urlunsplit(parts._replace(netloc=f"***@{host}")) if at else url
-
-
-def find_secrets(url: str) -> list[str]:
-    """The secrets in a URL: `name:password` and the password alone; empty without one.
-
-    >>> find_secrets("https://ada:secret@host/v1")
-    ['ada:secret', 'secret']
-    """
-    secret, at, _ = urlsplit(url).netloc.rpartition("@")
-    return [part for part in (secret, secret.partition(":")[2]) if part] if at else []

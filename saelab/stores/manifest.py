@@ -14,8 +14,9 @@ from typing import Any, ClassVar, TypeAlias, TypeVar
 import torch
 from torch import Tensor
 
-from saelab.stores.files import checksum, find_inside, require_file_name, shareable, shareable_parts, write_json
+from saelab.stores.files import checksum, find_inside, require_file_name, write_json
 from saelab.stores.packing import smallest_int
+from saelab.stores.sharing import shareable, shareable_parts
 from saelab.stores.tensors import TensorFile, TensorSpec
 from saelab.stores.validation import SEAL, SHOWN, naming, read_fields, read_sealed, refuse_unknown, require_object
 

@@ -15,8 +15,8 @@ from jaxtyping import Float, Int
 from saelab.functional.indices import MovedBlocks, move_blocks
 from saelab.sae.sae import SAE
 from saelab.stores.feature_store import FeatureStore
-from saelab.stores.files import shareable
 from saelab.stores.jobs import hidden
+from saelab.stores.sharing import shareable, tell_apart
 from saelab.training.ranks import ALONE, RankGrid, Steps, run_together
 from saelab.universality.alignment import AlignedRows, CommonRows, Overview, find_common_rows, format_counts
 from saelab.universality.nearest import Nearest, find_nearest, join_nearest
@@ -181,7 +181,7 @@ class StoreSource(ComparisonSource):
             "n_rows": codes[0].n_rows,
             "n_tokens": codes[0].n_tokens,
             "sides": sides,
-            "sources": (str(a.folder), str(b.folder)),
+            "sources": tell_apart(a.folder, b.folder),
         }
         signed = similarity in ("correlation", "documents") and not sides and (a.signed or b.signed)
         documents = None if similarity == "documents" else starts

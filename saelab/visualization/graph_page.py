@@ -22,8 +22,9 @@ from saelab.circuits.graph_views import (
 )
 from saelab.labels.label_store import LabelStore
 from saelab.stores.feature_store import FeatureStore
-from saelab.stores.files import as_file_name, shareable, write_atomic
+from saelab.stores.files import as_file_name, write_atomic
 from saelab.stores.results import register_drawing
+from saelab.stores.sharing import shareable
 from saelab.visualization.html import MINUS, PLUS, bundle, escape, read_asset, write_policy
 from saelab.visualization.reports import to_script
 

@@ -23,10 +23,11 @@ from saelab.labels.label import Label, join_texts
 from saelab.labels.label_store import LabelStore
 from saelab.sae.compatibility import match_weights
 from saelab.stores.feature_store import FeatureStore
-from saelab.stores.files import is_empty, replace_folder, settle, shareable, shareable_words, to_json, write_atomic
+from saelab.stores.files import is_empty, replace_folder, settle, to_json, write_atomic
 from saelab.stores.jobs import hidden, hold_folder
 from saelab.stores.manifest import Provenance
 from saelab.stores.results import Result
+from saelab.stores.sharing import shareable, shareable_words
 from saelab.stores.validation import read_json
 from saelab.universality.matching import Comparison
 from saelab.visualization.feature_cards import draw_card, style_card

@@ -12,6 +12,7 @@ from saelab.analysis.dashboard import FeatureCard, FeatureSide, describe_feature
 from saelab.analysis.max_activating import Example
 from saelab.stores.feature_store import FeatureStore
 from saelab.stores.results import register_drawing
+from saelab.stores.sharing import tell_apart
 from saelab.universality.comparison import compare
 from saelab.universality.matching import Comparison, Matches, Relation
 from saelab.universality.universal_features import UniversalTable, check_stores, format_p, format_words, split_side
@@ -310,7 +311,7 @@ class Matched:
         if comparison is None:
             comparison = compare(store, other, progress=progress)
         check_stores(comparison, store, other)
-        return cls(comparison, other, _describe_difference(store, other), labels)
+        return cls(comparison, other, tell_apart(store.folder, other.folder)[1], labels)
 
     def summarize(self) -> str:
         """The section of the report's summary on the comparison, as HTML."""

@@ -9,7 +9,7 @@ from typing import Any, Protocol, runtime_checkable
 from saelab.lm.conversations import Messages
 from saelab.lm.generation import answer
 from saelab.lm.model_checks import Model
-from saelab.stores.files import find_secrets, hide_password, shareable
+from saelab.stores.sharing import find_secrets, hide_password, shareable
 
 HOPELESS = (401, 403, 404)
 """HTTP errors that no other prompt would avoid: wrong key, missing rights, unknown model."""

@@ -321,7 +321,7 @@ def label_by_rules(
     rows, n_tested = _decide(work, drafts, fdr, min_skill, ranks)
     return RuleLabels(
         rows=rows, n_predicates=len(predicates), n_tested=n_tested, **settings, n_train=work.train.n_tokens,
-        n_tokens=work.held.n_tokens, signed=store.signed, source=str(store.folder), untrained=floor,
+        n_tokens=work.held.n_tokens, signed=store.signed, source=store.folder.resolve().name, untrained=floor,
     )  # fmt: skip
 
 

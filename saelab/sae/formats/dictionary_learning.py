@@ -19,8 +19,9 @@ from saelab.sae.formats.conventions import Convention, read_with
 from saelab.sae.formats.origin import ParsedSAE, SAEFacts
 from saelab.sae.formats.sources import SAEFiles
 from saelab.sae.module import SAEModule
-from saelab.stores.files import shareable, write_atomic, write_json
+from saelab.stores.files import write_atomic, write_json
 from saelab.stores.manifest import Provenance
+from saelab.stores.sharing import shareable
 
 WEIGHTS, CONFIG = "ae.pt", "config.json"
 LINEAR = {"encoder.weight": "W_enc", "encoder.bias": "b_enc", "decoder.weight": "W_dec"}

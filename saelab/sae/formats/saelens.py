@@ -19,8 +19,9 @@ from saelab.sae.formats.origin import ParsedSAE, SAEFacts, describe_mask, dtype_
 from saelab.sae.formats.sources import SAEFiles, require_number, require_tensors
 from saelab.sae.module import SAEModule
 from saelab.sae.normalizer import NormalizerKind
-from saelab.stores.files import save_tensors, shareable, write_json
+from saelab.stores.files import save_tensors, write_json
 from saelab.stores.manifest import Provenance
+from saelab.stores.sharing import shareable
 
 CONFIG, WEIGHTS, SCALER = "cfg.json", "sae_weights.safetensors", "activation_scaler.json"
 TRANSCODERS = {
