@@ -1,13 +1,18 @@
 """`saelab steer` and `saelab steer-curve`: generate text with steered features, and measure effect and cost."""
 
+import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from typer import Argument, Option
 
 from saelab.cli import options
 from saelab.cli.sources import Source, read_value
 from saelab.cli.terminal import echo
+
+if TYPE_CHECKING:
+    from saelab.lm.generation import StreamedToken
 
 OPENINGS = (
     "Once upon a time", "One day", "There was a", "She went to the", "He saw a", "They", "The boy", "The girl",
@@ -59,6 +64,10 @@ def steer_prompts(
     html: Annotated[
         Path | None, Option(help="Page for the texts, colored.", metavar="FILE", show_default="none")
     ] = None,
+    stream: Annotated[
+        bool | None,
+        Option("--stream/--no-stream", help="Show texts as they are written, or not.", show_default="in a terminal"),
+    ] = None,
     allow_mismatch: options.AllowMismatch = False,
     device: options.Device = None,
     progress: options.Progress = True,
@@ -85,10 +94,28 @@ def steer_prompts(
     intervention = Intervention(coder, moved, **how, hook_point=place, allow_mismatch=allow_mismatch)
     sampling = SamplingConfig(temperature=temperature, top_k=top_k, top_p=top_p)
     texts = as_messages(prompts) if chat else prompts
-    found = compare_generations(lm, intervention, texts, n_tokens, n=n, seed=seed, sampling=sampling, progress=progress)
-    echo(to_json(found.to_dict()) if json else str(found))
+    live = not json and (sys.stdout.isatty() if stream is None else stream)
+    how = {"n": n, "seed": seed, "sampling": sampling, "on_token": _show_texts(prompts, n) if live else None}
+    found = compare_generations(lm, intervention, texts, n_tokens, progress=progress and not live, **how)
+    if live:
+        echo(f"\n\n{found.format_rows(texts=False)}")
+    else:
+        echo(to_json(found.to_dict()) if json else str(found))
     if html is not None:
         write_atomic(html, show_generations(found).encode())
+
+
+def _show_texts(prompts: list[str], n: int) -> "Callable[[str, int, StreamedToken], None]":
+    """What prints texts as they are written, each behind its prompt."""
+    shown: list[tuple[str, int]] = []
+
+    def show(name: str, number: int, token: "StreamedToken") -> None:
+        if (name, number) not in shown[-1:]:
+            echo(f"{'' if not shown else chr(10) * 2}[{name}] {prompts[number // n]}", nl=False)
+            shown.append((name, number))
+        echo(token.text, nl=False)
+
+    return show
 
 
 @options.documented_by(STEER, CURVE, SAMPLING, CONCEPT)

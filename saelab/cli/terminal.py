@@ -11,13 +11,14 @@ CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069
 """Characters that move a terminal's cursor or reverse the direction of its text"""
 
 
-def echo(text: str, err: bool = False, always: bool = False) -> None:
-    """Print a text, on stderr with `err`; what a terminal would obey in it, whoever wrote it, is shown as its code.
+def echo(text: str, err: bool = False, always: bool = False, nl: bool = True) -> None:
+    """Print a text, on stderr with `err`, without a new line where `nl` is False; what a terminal would obey in it,
+    whoever wrote it, is shown as its code.
 
     Of several processes the first prints, with `always` this one, too.
     """
     if always or not name_process():
-        typer.echo(printable(text), err=err)
+        typer.echo(printable(text), err=err, nl=nl)
 
 
 def printable(text: str) -> str:

@@ -260,10 +260,9 @@ def write_entries(entries: Sequence[LabelEntry], form: Format, model_id: str = "
 
 
 def publish_entries(entries: Sequence[LabelEntry], names: bool = False) -> list[LabelEntry]:
-    """Labels as others get them: without local paths and, unless `names` is set, without the names of persons. Evidence,
-    which quotes the text, stays.
+    """Labels as others get them: without local paths and, unless `names` is set, without the names of persons.
 
-    One person is called a person, several person 1, person 2 and so on.
+    Evidence, which quotes the text, stays. One person is called a person, several person 1, person 2 and so on.
 
     >>> mine = LabelEntry(Label(feature=0, text="hot", author="ada", by_person=True, provenance={"at": "/home/ada/s"}))
     >>> [shown] = publish_entries([mine])

@@ -5,7 +5,7 @@ own.
 """
 
 import codecs
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -173,6 +173,7 @@ def generate(
     stop_at_eos: bool = True,
     use_cache: bool = True,
     batch_size: int = BATCH,
+    on_token: "Callable[[int, StreamedToken], None] | None" = None,
     progress: bool = True,
 ) -> Generation:
     """Sampled continuations of prompts, `n` for each, up to `n_tokens` tokens each; edits of `splice` and `steer`
@@ -195,6 +196,8 @@ def generate(
         stop_at_eos: whether a sample ends at an end-of-text token.
         use_cache: whether to use a key-value cache where it is correct.
         batch_size: samples per batch.
+        on_token: called with the number of a sample and each of its tokens as it is drawn; samples are then drawn one
+            after the other.
         progress: whether to show a progress bar.
 
     Raises:
@@ -213,14 +216,21 @@ def generate(
     ends = find_ends(model) if stop_at_eos else frozenset()
     bar = tqdm(total=len(jobs) * n_tokens, unit="token", desc="generate", delay=2, disable=hidden(progress))
     with bar:
-        for batch in _find_batches(model, jobs, rows, n_tokens, batch_size):
+        for batch in _find_batches(model, jobs, rows, n_tokens, batch_size if on_token is None else 1):
             generators = [_seed(seed, p, i) for p, i in batch]
             sampler = Sampler(sampling, generators)
             run = _Run(model, [rows[p] for p, _ in batch], n_tokens, sampler, use_cache)
-            for (p, i), (ids, log_probs) in zip(batch, run.go(ends, bar), strict=True):
+            tell = None if on_token is None else _tell(model, on_token, batch[0][0] * n + batch[0][1])
+            for (p, i), (ids, log_probs) in zip(batch, run.go(ends, bar, tell), strict=True):
                 made[p, i] = _read_sample(model, texts[p], rows[p], ids, log_probs)
     samples = [made[job] for job in jobs]
     return Generation(samples=tuple(samples), temperature=float(sampling.temperature), seed=seed)
+
+
+def _tell(model: Model, on_token: "Callable[[int, StreamedToken], None]", number: int) -> Callable[[int, float], None]:
+    """What tells of the tokens of one sample."""
+    text = _TextReader(model)
+    return lambda token, log_prob: on_token(number, StreamedToken(token, text.read(token), log_prob))
 
 
 def _read_prompts(model: Model, prompts: Prompts | Tensor, bos: bool | None) -> tuple[list[Tensor], list[str]]:
@@ -304,13 +314,17 @@ class _Run:
         self.use_cache = use_cache and self.caching.keeps(self.module, ids.shape[1], n_tokens)
         self.before: Any = None  # output of the previous step, where its cache is used
 
-    def go(self, ends: frozenset[int], bar: Any) -> list[tuple[list[int], list[float]]]:
-        """Generated ids and log-probabilities of each row."""
+    def go(
+        self, ends: frozenset[int], bar: Any, tell: Callable[[int, float], None] | None
+    ) -> list[tuple[list[int], list[float]]]:
+        """Generated ids and log-probabilities of each row; a token is told of as it is drawn."""
         found: list[tuple[list[int], list[float]]] = [([], []) for _ in self.ids]
         for drawn in self.steps(ends):
             for row, token, log_prob in drawn:
                 found[row][0].append(token)
                 found[row][1].append(log_prob)
+                if tell is not None:
+                    tell(token, log_prob)
             bar.update(len(found))
         return found
 
@@ -352,6 +366,25 @@ class StreamedToken:
     """log-probability under the model that generated it, edits included, in nats, at temperature 1"""
 
 
+class _TextReader:
+    """The characters of tokens that come one by one."""
+
+    def __init__(self, model: Model) -> None:
+        self._tokenizer: Any = model.tokenizer
+        self._special = frozenset(find_special_ids(model) if model.tokenizer is not None else ())
+        self._decoder = codecs.getincrementaldecoder("utf-8")("surrogateescape")
+        self._bytes: dict[int, bytes] = {}
+
+    def read(self, token: int) -> str:
+        """The characters that are whole with this token; bytes of no character are written as <0xE4>."""
+        if self._tokenizer is None or token in self._special:
+            return ""
+        if token not in self._bytes:
+            self._bytes |= token_bytes(self._tokenizer, [token])
+        made = self._decoder.decode(self._bytes[token])
+        return name_bytes(made.encode("utf-8", "surrogateescape"))
+
+
 class TokenStream(Iterator[StreamedToken]):
     """The tokens of one continuation, each drawn when it is asked for, as `stream_tokens` returns them.
 
@@ -362,9 +395,7 @@ class TokenStream(Iterator[StreamedToken]):
     def __init__(self, model: Model, prompt: str, run: "_Run", ends: frozenset[int]) -> None:
         self._model, self._prompt, self._steps = model, prompt, run.steps(ends)
         self._prompt_ids = run.ids[0].cpu()
-        self._special = frozenset(find_special_ids(model) if model.tokenizer is not None else ())
-        self._decoder = codecs.getincrementaldecoder("utf-8")("surrogateescape")
-        self._bytes: dict[int, bytes] = {}
+        self._text = _TextReader(model)
         self._ids: list[int] = []
         self._log_probs: list[float] = []
 
@@ -372,16 +403,7 @@ class TokenStream(Iterator[StreamedToken]):
         [(_, token, log_prob)] = next(self._steps)
         self._ids.append(token)
         self._log_probs.append(log_prob)
-        return StreamedToken(token, self._read(token), log_prob)
-
-    def _read(self, token: int) -> str:
-        """The characters that are whole with this token; bytes of no character are written as <0xE4>."""
-        if self._model.tokenizer is None or token in self._special:
-            return ""
-        if token not in self._bytes:
-            self._bytes |= token_bytes(self._model.tokenizer, [token])
-        made = self._decoder.decode(self._bytes[token])
-        return name_bytes(made.encode("utf-8", "surrogateescape"))
+        return StreamedToken(token, self._text.read(token), log_prob)
 
     def close(self) -> None:
         """Draw no more tokens, and release the cache; the sample so far remains."""

@@ -15,7 +15,7 @@ from saelab.interventions.interventions import Intervention
 from saelab.interventions.steering_hooks import steer_all
 from saelab.lm.continuations import Continuations, read_continuations
 from saelab.lm.conversations import Prompts
-from saelab.lm.generation import SAMPLING, Generated, SamplingConfig, generate
+from saelab.lm.generation import SAMPLING, Generated, Generation, SamplingConfig, StreamedToken, generate
 from saelab.lm.model_checks import Model
 from saelab.lm.tokenizers import spell
 from saelab.steering.dose_response import describe_intervention
@@ -88,14 +88,19 @@ class GenerationComparison(Result):
             f"KL {row.kl[name]:.3g}"
         )
 
-    def __str__(self) -> str:
+    def format_rows(self, texts: bool = True) -> str:
+        """Perplexities and KL of each text as lines; `texts` is whether these stand below."""
         lines = [self.title]
         for row in self.rows:
-            lines += ["", row.prompt, f"  {UNSTEERED} (perplexity {row.unsteered.perplexity():.3g}):"]
-            lines.append(f"    {row.unsteered.text.strip()}")
+            lines += ["", row.prompt, f"  {UNSTEERED} (perplexity {row.unsteered.perplexity():.3g})"]
+            lines += [f"    {row.unsteered.text.strip()}"] * texts
             for name, text in row.steered.items():
-                lines += [f"  {name} ({self.format_cost(row, name)}):", f"    {text.text.strip()}"]
+                lines.append(f"  {name} ({self.format_cost(row, name)})")
+                lines += [f"    {text.text.strip()}"] * texts
         return "\n".join(lines)
+
+    def __str__(self) -> str:
+        return self.format_rows()
 
 
 @torch.no_grad()
@@ -109,6 +114,7 @@ def compare_generations(
     seed: int = 0,
     sampling: SamplingConfig = SAMPLING,
     bos: bool | None = True,
+    on_token: Callable[[str, int, StreamedToken], None] | None = None,
     progress: bool = True,
 ) -> GenerationComparison:
     """Texts with and without steering, sampled with the same seed and scored under both models.
@@ -123,6 +129,8 @@ def compare_generations(
         seed: seed of the sampling; the same for all texts compared.
         sampling: temperature, top-k and top-p, as in `generate`.
         bos: put a BOS before each prompt, as in `generate`.
+        on_token: called with "unsteered" or the name of an intervention, the number of the text and each of its tokens
+            as it is drawn; texts are then drawn one after the other.
         progress: show progress bars.
 
     Raises:
@@ -137,11 +145,16 @@ def compare_generations(
     blocks = {name: [one] if isinstance(one, Intervention) else list(one) for name, one in named.items()}
     if not blocks or UNSTEERED in blocks:
         raise ValueError(f"`interventions` must have names other than '{UNSTEERED}', got {list(blocks)}.")
-    write = partial(generate, model, prompts, n_tokens, n=n, seed=seed, sampling=sampling, bos=bos, progress=progress)
-    plain, made = write(), {}
+
+    def write(name: str) -> Generation:
+        tell = None if on_token is None else partial(on_token, name)
+        how: dict[str, Any] = {"n": n, "seed": seed, "sampling": sampling, "bos": bos, "progress": progress}
+        return generate(model, prompts, n_tokens, on_token=tell, **how)
+
+    plain, made = write(UNSTEERED), {}
     for name, block in blocks.items():
         with steer_all(model, block):
-            made[name] = SteeredTexts(partial(steer_all, model, block), write().samples)
+            made[name] = SteeredTexts(partial(steer_all, model, block), write(name).samples)
     described = {name: "; ".join(map(describe_intervention, block)) for name, block in blocks.items()}
     return GenerationComparison(
         rows=score_texts(model, plain.samples, made),

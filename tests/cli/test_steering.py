@@ -58,6 +58,33 @@ def test_texts_stand_side_by_side(tiny, folders, live, capsys, tmp_path) -> None
     assert [row["steered"]["steered"]["text"] for row in found["rows"]] == [sample.text for sample in steered]
 
 
+def test_texts_come_as_they_are_written(tiny, folders, live, capsys, monkeypatch) -> None:
+    """Each token is printed before the next is drawn, and the texts are those of a run that waits."""
+    from saelab.cli.terminal import printable
+    from saelab.lm.generation import Sampler
+
+    texts = dict.fromkeys((name, i) for name in ("unsteered", "steered") for i in range(4))
+    for name, strength in (("unsteered", 0.0), ("steered", 9.0)):
+        with sl.steer(tiny, sl.SAE.from_pretrained(folders["sae"]), {int(live): strength}):
+            how = {
+                "n": 2,
+                "on_token": lambda i, token, name=name: texts.update({(name, i): (texts[name, i] or "") + token.text}),
+            }
+            sl.generate(tiny, ["One", "Two"], 4, progress=False, **how)
+    words = ["steer", folders["sae"], "tiny", "One", "Two", "--feature", live, "--strength", "9", "--n", "2", *SHORT]
+    drawn, plain = [], Sampler.__call__
+    monkeypatch.setattr(Sampler, "__call__", lambda *given: (drawn.append(capsys.readouterr().out), plain(*given))[1])
+    assert dispatch([*words, "--stream"]) == 0
+    end = capsys.readouterr().out
+    assert (
+        len(drawn) == 2 * 2 * 2 * 4 and sum(map(bool, drawn)) > len(drawn) / 2
+    )  # with each draw the one before is out
+    said, place = "".join(drawn) + end, 0
+    for (name, i), text in texts.items():
+        place = said.index(printable(f"[{name}] {['One', 'Two'][i // 2]}{text}"), place) + 1
+    assert said.count("perplexity") == 8 and "KL" in end and "[steered]" not in end.partition("perplexity")[2]
+
+
 def test_features_modes_and_places_go_together(folders, capsys) -> None:
     words = ["steer", folders["placeless"], "tiny", "One", "--hook-point", HOOK, "--feature", "1", "--feature", "2"]
     assert dispatch([*words, "--strength", "3", "--strength", "-1", "--where", "generated", *SHORT]) == 0

@@ -45,6 +45,20 @@ def test_a_stream_is_the_sample_of_generate(tales: Any, settings: dict[str, Any]
     assert stream.sample == made
 
 
+def test_generation_tells_of_its_tokens(tales: Any) -> None:
+    """The tokens of every sample in turn, and the samples of a run that tells nothing."""
+    told: list[tuple[int, int, str]] = []
+    given: dict[str, Any] = {"n": 2, "seed": 5, "progress": False}
+    prompts = ["Tom saw a", "Mary went to the"]
+    made = sl.generate(tales, prompts, 9, on_token=lambda i, token: told.append((i, token.id, token.text)), **given)
+    assert [sample.ids for sample in made] == [sample.ids for sample in sl.generate(tales, prompts, 9, **given)]
+    assert [number for number, _, _ in told] == sorted(number for number, _, _ in told)
+    for number, sample in enumerate(made):
+        mine = [(id, text) for i, id, text in told if i == number]
+        assert tuple(id for id, _ in mine) == sample.ids
+        assert is_same_text("".join(text for _, text in mine), sample.text)
+
+
 def test_rows_of_ids_are_continued_as_they_are(tiny: Any) -> None:
     ids = torch.tensor([5, 70, 71])
     drawn = [token.id for token in sl.lm.stream_tokens(tiny, ids, 6)]
@@ -69,10 +83,11 @@ def test_edits_apply_to_the_tokens_that_are_drawn_under_them(tales: Any) -> None
 def test_a_character_of_several_tokens_comes_whole_with_its_last(tiny: Any) -> None:
     ids = tiny.tokenizer("é✓", add_special_tokens=False)["input_ids"]
     stream = sl.lm.stream_tokens(tiny, "a", 9)
-    assert [stream._read(i) for i in [*ids, ids[0], tiny.tokenizer("b", add_special_tokens=False)["input_ids"][0]]] == [
+    [b] = tiny.tokenizer("b", add_special_tokens=False)["input_ids"]
+    assert [stream._text.read(i) for i in [*ids, ids[0], b]] == [
         "", "é", "", "", "✓", "", "<0xC3>b",
     ]  # fmt: skip
-    assert stream._read(tiny.tokenizer.eos_token_id) == ""
+    assert stream._text.read(tiny.tokenizer.eos_token_id) == ""
 
 
 def test_a_closed_stream_draws_no_more_and_holds_no_cache() -> None:
