@@ -19,7 +19,12 @@ from typing import Any
 
 FACTS = Path(__file__).parent / "interop" / "neuronpedia_schema.json"
 HEADS = {"release": "SourceRelease", "model": "Model", "sourceset": "SourceSet", "source": "Source"}
-LINES = {"features": "Neuron", "activations": "Activation", "explanations": "Explanation"}
+LINES = {
+    "features": "Neuron", "activations": "Activation", "explanations": "Explanation", "scores": "ExplanationScore",
+}  # fmt: skip
+"""what its importer reads, and the scores, which its administrator names to it with their table"""
+FIXED = ("ExplanationModelType", "ExplanationType", "ExplanationScoreModel", "ExplanationScoreType")
+"""tables of names that an installation fills"""
 USERS = ("clkht01d40000jv08hvalcvly", "cljgamm90000076zdchicy6zj")
 """the users that Neuronpedia's seed makes"""
 PLAIN = {"text": str, "boolean": bool, "integer": int, "double precision": (int, float), "jsonb": (dict, list)}
@@ -156,7 +161,7 @@ def _type(kind: str) -> str:
 
 def gather_facts(database: Database) -> dict[str, Any]:
     """The facts of a database that migrations made: `type`, with ` !` where a value is needed, then its default."""
-    wanted = [*HEADS.values(), *LINES.values(), "User", "ExplanationModelType", "ExplanationType"]
+    wanted = [*HEADS.values(), *LINES.values(), "User", *FIXED]
     tables = {}
     for table in wanted:
         sql = (

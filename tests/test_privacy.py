@@ -277,6 +277,7 @@ def test_commands(world: World, sae: sl.SAE, store: Any, monkeypatch: pytest.Mon
     world.run("report", "cli-store", "--out", out / "report", "--model", model, *found, quiet)
     both = ["--out", out / "comparison.json", "--html", out / "comparison.html"]
     world.run("compare", "cli-store", world.project / "cli-store", *both, quiet)
+    world.run("export", "cli-store", "--out", out / "exported", "--model", model, "--sae", out / "run", quiet)
     texts = ["--feature", "1", "--n-tokens", "3", "--html", out / "a.html"]
     world.run("steer", out / "run", model, "The cat", *texts, quiet)
     world.check(out, 10)

@@ -12,6 +12,7 @@ from saelab.cli.comparing import compare_folders
 from saelab.cli.converting import convert_sae
 from saelab.cli.demo import run_demo
 from saelab.cli.exploring import explore_store
+from saelab.cli.exporting import export_features, upload_features
 from saelab.cli.features import harvest_text, show_dead, show_features, write_report
 from saelab.cli.info import show_info
 from saelab.cli.labeling import VERBS as LABEL_VERBS, label_features, open_book
@@ -22,7 +23,6 @@ from saelab.cli.steering import draw_curve, steer_prompts
 from saelab.cli.terminal import echo, find_base
 from saelab.cli.tracing import trace_prompt
 from saelab.cli.training import collect_text, evaluate_sae, train_sae
-from saelab.cli.uploading import upload_features
 from saelab.stores.jobs import Terminable, is_launched, name_process
 
 DONE, FAILED, WRONG_USE = 0, 1, 2
@@ -65,6 +65,7 @@ VERBS: dict[str, Callable[..., None]] = {
     "steer-curve": draw_curve,
     "trace": trace_prompt,
     "releases": show_releases,
+    "export": export_features,
     "upload": upload_features,
     "info": show_info,
 }

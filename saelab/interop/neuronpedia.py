@@ -1,6 +1,6 @@
 """`export_store`: export a feature store to the file formats of delphi, SAEDashboard and Neuronpedia.
 
-Dashboards are computed from a store, its SAE and its model. Neuronpedia's bulk import format holds an SAE, its
+Neuronpedia's bulk import format holds an SAE, its
 features and their examples as rows of its database's tables: a row with a field that no column has, without a value
 that a column needs, or with a key that no other row has is refused. Nothing here names a local folder or a person.
 """
@@ -8,44 +8,36 @@ that a column needs, or with a key that no other row has is refused. Nothing her
 import gzip
 import hashlib
 import json
+import math
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 import numpy as np
-from jaxtyping import Float, Int
 
-from saelab.analysis.direct_logits import Promoted, logit_lens
-from saelab.analysis.feature_similarity import NearestFeatures, nearest_features
-from saelab.analysis.max_activating import ExampleGroup, max_activating_examples
-from saelab.collecting.harvesting import require_harvested
 from saelab.functional.indices import FeatureIds, read_features
-from saelab.functional.screening import largest_first
+from saelab.interop.dashboards import Dashboards
 from saelab.interop.delphi import N_SPLITS, write_delphi
-from saelab.labels.label import FIRST_USER, Label, LabelEntry, explain, name_source
+from saelab.labels.label import ENDS, FIRST_USER, Label, LabelEntry, explain, name_source
 from saelab.labels.label_store import LabelStore
-from saelab.lm.model_checks import Model, find_known_ids
-from saelab.lm.unembedding import read_out
-from saelab.sae.compatibility import match_weights
+from saelab.lm.model_checks import Model
 from saelab.sae.sae import SAE
 from saelab.stores.feature_store import FeatureStore
 from saelab.stores.files import as_file_name, replace_folder, to_json, write_atomic, write_json
 from saelab.stores.jobs import hidden
-from saelab.stores.sharing import shareable, shareable_words
+from saelab.stores.sharing import shareable
 
-N_TOP, N_EACH, N_QUANTILES, N_BINS, N_ROWS, N_LOGITS = 20, 5, 10, 50, 3, 10
-TOP = -1
-"""value of the bounds of the top examples"""
-BLOCK = 64
 PER_FILE = 128
 SETTINGS, SKIPPED = "run_settings.json", "skipped_indexes.json"
 StoreFormat = Literal["delphi", "saedashboard", "neuronpedia"]
 Visibility = Literal["PUBLIC", "UNLISTED", "PRIVATE"]
 MODEL_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 SET = re.compile(r"[a-z0-9]+(-[a-z0-9]+)*")
+SCORE_TYPES = {"detection": "eleuther_recall", "fuzzing": "eleuther_fuzz"}
+"""Neuronpedia's names of scores that are made as delphi makes them"""
 NO_OWNER = "custom"
 """owner of the models that Neuronpedia's own API makes"""
 
@@ -79,6 +71,12 @@ class Publication:
     """a name of the installation's table of explanation models; None for none"""
     explanation_type: str | None = None
     """a name of the installation's table of explanation types; None for none"""
+    score_model: str | None = None
+    """a name of its table of models that score, which a row for each score of a label names; None leaves scores in the
+    notes of explanations
+    """
+    score_types: Mapping[str, str] = field(default_factory=lambda: dict(SCORE_TYPES))
+    """its names of the scores in `Label.scores` that get rows; its own are the default"""
 
     def __post_init__(self) -> None:
         if self.visibility not in get_args(Visibility):
@@ -91,122 +89,6 @@ class Publication:
 
 
 DEFAULTS = Publication()
-
-
-@dataclass(frozen=True, eq=False)
-class Dashboards:
-    """Inputs of feature dashboards; without `sae` and `model` some fields stay empty."""
-
-    store: FeatureStore
-    sae: SAE | None
-    model: "Model | None"
-    alike: NearestFeatures
-
-    @property
-    def dataset(self) -> str:
-        """Source of the text, without a local path."""
-        return shareable_words(shareable(self.store.provenance.text))
-
-    @classmethod
-    def open(cls, store: FeatureStore, sae: SAE | None, model: "Model | None") -> "Dashboards":
-        """The inputs, with the correlations of all features measured."""
-        if sae is not None:
-            require_harvested(store, sae)
-        if model is not None:
-            match_weights(store.provenance, model)
-        return cls(store, sae, model, nearest_features(store, m=N_ROWS))
-
-    def make(self, features: Sequence[int]) -> Iterator[dict[str, Any]]:
-        """The dashboard of each feature, with SAEDashboard's field names."""
-        for start in range(0, len(features), BLOCK):
-            part = list(features[start : start + BLOCK])
-            lens = (
-                logit_lens(self.sae, self.model, part, n=N_LOGITS, allow_mismatch=True)
-                if self.sae and self.model
-                else None
-            )
-            effects = None
-            if self.sae and self.model:
-                effects = read_out(self.model, self.sae.directions()[part]).cpu()[:, find_known_ids(self.model)]
-            for i, j in enumerate(part):
-                row = None if effects is None else effects[i].numpy()
-                yield self._make(j, lens[j] if lens else None, row)
-
-    def _make(self, j: int, effects: Promoted | None, logits: Float[np.ndarray, "n_known"] | None) -> dict[str, Any]:
-        found = self.store.feature(j)
-        heights, values = _histogram(found.values)
-        logit_heights, logit_values = _histogram(logits) if logits is not None else ([], [])
-        alike = self.alike.of(j)
-        ctx_len = self.store.provenance.ctx_len or 0
-        return {
-            "feature_index": j,
-            **self._align(j),
-            "correlated_neurons_indices": [],
-            "correlated_neurons_pearson": [],
-            "correlated_neurons_l1": [],
-            "correlated_features_indices": [i for i, _ in alike],
-            "correlated_features_pearson": [value for _, value in alike],
-            "correlated_features_l1": [],
-            "neg_str": [text for text, _ in effects.suppressed] if effects else [],
-            "neg_values": [value for _, value in effects.suppressed] if effects else [],
-            "pos_str": [text for text, _ in effects.promoted] if effects else [],
-            "pos_values": [value for _, value in effects.promoted] if effects else [],
-            "frac_nonzero": len(found) / len(self.store),
-            "freq_hist_data_bar_values": values,
-            "freq_hist_data_bar_heights": heights,
-            "logits_hist_data_bar_heights": logit_heights,
-            "logits_hist_data_bar_values": logit_values,
-            "n_prompts_total": int((np.asarray(self.store.text.positions) == 0).sum()),
-            "n_tokens_in_prompt": ctx_len,
-            "dataset": self.dataset,
-            "decoder_weights_dist": [],
-            **({"vector": self.sae.directions()[j].float().cpu().tolist()} if self.sae is not None else {}),
-            "activations": [one for group in self._examples(j) for one in _describe(group, len(self.store))],
-        }
-
-    def _align(self, j: int) -> dict[str, Any]:
-        """The neurons with the largest components of the feature's direction, and their shares of its L1 norm."""
-        if self.sae is None:
-            return {f"neuron_alignment_{name}": [] for name in ("indices", "values", "l1")}
-        row = self.sae.directions()[j].float().cpu()
-        top = largest_first(row.abs(), min(N_ROWS, len(row)))
-        shares = row[top].abs() / row.abs().sum().clamp(min=1e-12)
-        return {
-            "neuron_alignment_indices": top.tolist(),
-            "neuron_alignment_values": row[top].tolist(),
-            "neuron_alignment_l1": shares.tolist(),
-        }
-
-    def _examples(self, j: int) -> list[ExampleGroup]:
-        found = max_activating_examples(
-            self.store, j, n_top=N_TOP, n_each=N_EACH, n_quantiles=N_QUANTILES, n_near=0, n_random=0
-        )
-        return [group for group in found.groups if group.side != 0]
-
-
-def _histogram(values: Float[np.ndarray, "n"]) -> tuple[list[int], list[float]]:
-    """Heights and centers of bars of equal width."""
-    if len(values) == 0:
-        return [], []
-    counts: Int[np.ndarray, n]
-    counts, edges = np.histogram(values.astype(np.float64), N_BINS)
-    return counts.tolist(), ((edges[1:] + edges[:-1]) / 2).tolist()
-
-
-def _describe(group: ExampleGroup, n_tokens: int) -> Iterator[dict[str, Any]]:
-    """The windows of a group; bounds are codes with their sign, below 0 for negative firings."""
-    low, high = (group.low, group.high) if group.side > 0 else (-group.high, -group.low)
-    share = group.n_firings / n_tokens
-    bounds = (TOP, TOP, TOP) if group.name == "top" and group.side > 0 else (low, high, share)
-    for one in group.examples:
-        yield {
-            "bin_min": bounds[0],
-            "bin_max": bounds[1],
-            "bin_contains": bounds[2],
-            "tokens": list(one.words),
-            "values": list(one.values),
-            "qualifying_token_index": one.center,
-        }
 
 
 @dataclass(frozen=True)
@@ -264,9 +146,12 @@ class BulkImport:
         return root
 
     def write_explanations(self, folder: Path, features: set[int]) -> None:
-        """Write the labels that are chosen for these features; no file where there is none."""
-        if made := [self.explanation(label) for label in explained_labels(self.boards.store, features)]:
-            _write_lines(folder / "explanations/batch-0.jsonl.gz", made)
+        """Write the labels that are chosen for these features, and their scores; no file where there are none."""
+        labels = explained_labels(self.boards.store, features)
+        if labels:
+            _write_lines(folder / "explanations/batch-0.jsonl.gz", map(self.explanation, labels))
+        if scores := [score for label in labels for score in self.scores(label)]:
+            _write_lines(folder / "scores/batch-0.jsonl.gz", scores)
 
     def heads(self) -> dict[str, dict[str, Any]]:
         """The records of model, release, set and SAE, by file name."""
@@ -357,6 +242,26 @@ class BulkImport:
             explanation_model=about.explanation_model, explanation_type=about.explanation_type,
         )  # fmt: skip
 
+    def scores(self, label: Label) -> Iterator[dict[str, Any]]:
+        """The records of a label's scores, with interval and chance level as details; none without `score_model`."""
+        explanation = self.explanation(label)
+        for name, kind in self.about.score_types.items() if self.about.score_model is not None else ():
+            value = label.scores.get(name)
+            if value is None or not math.isfinite(value):
+                continue
+            ends = {end: label.scores[f"{name}_{end}"] for end in ENDS if f"{name}_{end}" in label.scores}
+            key = json.dumps([explanation["id"], kind, self.about.score_model])
+            yield {
+                "id": "c" + hashlib.sha256(key.encode()).hexdigest()[:24],
+                "initiatedByUserId": self.about.creator_id,
+                "value": float(value),
+                "explanationId": explanation["id"],
+                "explanationScoreTypeName": kind,
+                "explanationScoreModelName": self.about.score_model,
+                "jsonDetails": to_json(ends, indent=None),
+                "createdAt": explanation["createdAt"],
+            }
+
     def activation(self, j: int, n: int, window: dict[str, Any]) -> dict[str, Any]:
         """The record of the n-th window of a feature."""
         values = window["values"]
@@ -413,7 +318,20 @@ def _write_lines(path: Path, records: Iterable[dict[str, Any]]) -> None:
 
 
 def _to_line(record: dict[str, Any]) -> bytes:
-    return (json.dumps(json.loads(to_json(record))) + "\n").encode()
+    """A record as a line of JSON without NUL, which PostgreSQL stores in no text.
+
+    Its importer takes every backslash and u0000 for one: those that a text has as characters are written otherwise.
+    """
+    text = json.dumps(_without_nul(json.loads(to_json(record))))
+    return (text.replace("\\\\u0000", "\\u005cu0000") + "\n").encode()
+
+
+def _without_nul(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _without_nul(one) for name, one in value.items()}
+    if isinstance(value, list):
+        return [_without_nul(one) for one in value]
+    return value.replace("\0", "\ufffd") if isinstance(value, str) else value
 
 
 def export_store(

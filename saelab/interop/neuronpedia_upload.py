@@ -8,8 +8,11 @@ after a request whose fate is unknown the server is asked for its last feature b
 import hashlib
 import json
 import os
+import socket
+import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from http.client import HTTPException
@@ -17,10 +20,11 @@ from pathlib import Path
 from typing import Any
 from urllib.error import HTTPError
 from urllib.parse import quote, urlsplit
-from urllib.request import HTTPRedirectHandler, Request, build_opener
+from urllib.request import HTTPHandler, HTTPRedirectHandler, HTTPSHandler, Request, build_opener
 
 from saelab.functional.indices import FeatureIds, read_features
-from saelab.interop.neuronpedia import DEFAULTS, Dashboards, NeuronpediaSource, Publication, explained_labels
+from saelab.interop.dashboards import Dashboards
+from saelab.interop.neuronpedia import DEFAULTS, NeuronpediaSource, Publication, explained_labels
 from saelab.labels.label import MARKS
 from saelab.lm.model_checks import Model
 from saelab.sae.sae import SAE
@@ -35,6 +39,8 @@ MOST_FEATURES, MOST_TOKENS, LONGEST_TEXT = 128, 1024, 512
 MOST_BYTES = 4_000_000
 """of a request; hosts of its kind refuse more than 4.5 MB"""
 N_TRIES, FIRST_WAIT, LONGEST_WAIT, TIMEOUT = 6, 1.0, 120.0, 120.0
+LONGEST_REQUEST = 600.0
+"""seconds from the first byte of a request to the last of its answer, however they come"""
 TEMPORARY = (408, 425, 429, 500, 502, 503, 504)
 LONGEST_ANSWER = 16_000_000
 """bytes of an answer; the one that tells of a feature has its examples and its vector"""
@@ -69,6 +75,51 @@ class _Stay(HTTPRedirectHandler):
         """None: a key is sent to no other host."""
 
 
+class _Timed:
+    """A time limit on a whole request: its connections are shut when it is over, whatever bytes still come."""
+
+    def __init__(self, seconds: float) -> None:
+        self.over = False
+        self._sockets: list[socket.socket] = []
+        self._timer = threading.Timer(seconds, self._end)
+        self._timer.daemon = True
+
+    def __enter__(self) -> "_Timed":
+        self._timer.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._timer.cancel()
+
+    def _end(self) -> None:
+        self.over = True
+        for opened in self._sockets:
+            with suppress(OSError):
+                socket.socket.shutdown(opened, socket.SHUT_RDWR)
+
+    def handlers(self) -> list[Any]:
+        """Handlers of urllib whose connections are known here."""
+        add = self._sockets.append
+
+        def watch(kind: Any) -> Any:
+            class Watched(kind):
+                def connect(self) -> None:
+                    super().connect()
+                    add(self.sock)
+
+            return Watched
+
+        class Http(HTTPHandler):
+            def do_open(self, http_class: Any, req: Any, **given: Any) -> Any:
+                return super().do_open(watch(http_class), req, **given)
+
+        class Https(HTTPSHandler):
+            def do_open(self, http_class: Any, req: Any, **given: Any) -> Any:
+                return super().do_open(watch(http_class), req, **given)
+
+        return [Http(), Https()]
+
+
 @dataclass(frozen=True)
 class Server:
     """A Neuronpedia server and the key of a user; the key is in no text and no file."""
@@ -91,11 +142,14 @@ class Server:
         """The JSON that a route returns; RuntimeError with its own words, OSError where its fate is unknown."""
         headers = {"x-api-key": self.key, "Content-Type": "application/json", "Accept": "application/json"}
         request = Request(f"{self.url.rstrip('/')}/api/{path}", body, headers)
+        limit = _Timed(LONGEST_REQUEST)
         try:
-            with build_opener(_Stay).open(request, timeout=TIMEOUT) as answer:
+            with limit, build_opener(_Stay, *limit.handlers()).open(request, timeout=TIMEOUT) as answer:
                 raw = answer.read(LONGEST_ANSWER + 1)
                 if len(raw) > LONGEST_ANSWER or answer.length:  # reading no more than so much, it does not see the end
                     raise ValueError(f"an answer of more than {LONGEST_ANSWER / 1e6:.0f} MB, or one that breaks off")
+            if limit.over:  # an answer without a length ends where it is cut off
+                raise ValueError("cut off")
             return json.loads(raw or b"null")
         except HTTPError as error:
             text = self._read_refusal(error)
@@ -103,7 +157,8 @@ class Server:
                 raise Unsure(error.code, text, error.headers.get("Retry-After")) from None
             raise RuntimeError(f"Neuronpedia refused {path}: {error.code} {_reason(text)}") from None
         except (OSError, HTTPException, ValueError, RecursionError) as error:
-            raise Unsure(0, self._hide_key(str(getattr(error, "reason", error)))) from None
+            why = f"it took more than {LONGEST_REQUEST:.0f} s" if limit.over else str(getattr(error, "reason", error))
+            raise Unsure(0, self._hide_key(why)) from None
 
     def _read_refusal(self, error: HTTPError) -> str:
         """The beginning of what a server says of an error."""
@@ -116,8 +171,10 @@ class Server:
     def _hide_key(self, text: str) -> str:
         return text.replace(self.key, "(key)") if self.key else text
 
-    def send(self, path: str, body: bytes, arrived: Callable[[], bool]) -> Any:
-        """Post once for sure: after a failure that leaves open whether it arrived, `arrived` is asked first."""
+    def send(self, path: str, body: bytes | None = None, arrived: Callable[[], bool] = lambda: False) -> Any:
+        """What a route returns, asked again after failures that pass. Something is posted once for sure: after a
+        failure that leaves open whether it arrived, `arrived` is asked first, and if it did None is returned.
+        """
         for number in range(N_TRIES):
             try:
                 return self.ask(path, body)
@@ -265,7 +322,8 @@ def _require_set(
     server: Server, source: NeuronpediaSource, about: Publication, model: "Model | None", create: bool
 ) -> None:
     """Find the set of the user, or create it, and the model where it is missing."""
-    if server.ask(f"source-set/{quote(source.model)}/{quote(source.set)}") is not None:
+    place = f"source-set/{quote(source.model)}/{quote(source.set)}"
+    if server.send(place) is not None:
         return
     if not create:
         raise ValueError(
@@ -273,15 +331,21 @@ def _require_set(
         )
     url = {"url": about.urls[0]} if about.urls else {}
     wish = json.dumps({"name": source.set, "modelId": source.model, **url}).encode()
+
+    def is_made() -> bool:
+        return server.ask(place) is not None
+
     try:
-        server.ask("source-set/new", wish)
+        server.send("source-set/new", wish, is_made)
     except RuntimeError as error:
         if "Model not found" not in str(error):
             raise
         if model is None:
             raise ValueError(f"`model` must be given, as Neuronpedia does not know {source.model}.") from None
-        server.ask("model/new", json.dumps({"id": source.model, "layers": int(model.cfg.n_layers), **url}).encode())
-        server.ask("source-set/new", wish)
+        named = json.dumps({"id": source.model}).encode()
+        wanted = json.dumps({"id": source.model, "layers": int(model.cfg.n_layers), **url}).encode()
+        server.send("model/new", wanted, lambda: server.ask("model/get", named) is not None)
+        server.send("source-set/new", wish, is_made)
 
 
 def _is_there(server: Server, source: NeuronpediaSource, feature: int) -> bool:

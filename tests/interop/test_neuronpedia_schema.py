@@ -87,7 +87,7 @@ def test_every_kind_of_row_is_taken(
     assert {kind: one.dropped for kind, one in taken.items()} == dict.fromkeys([*HEADS, *LINES], ())
     n = int((store.statistics.fires.sum(1) > 0).sum())
     assert {kind: one.taken for kind, one in taken.items() if kind not in ("activations", "model")} == {
-        "release": 1, "sourceset": 1, "source": 1, "features": n, "explanations": 4,
+        "release": 1, "sourceset": 1, "source": 1, "features": n, "explanations": 4, "scores": 0,
     }  # fmt: skip
     assert taken["activations"].taken == taken["activations"].given > n and tables.count("Model")
     where = f"""WHERE layer = '1-{name}' AND "index" = '5' ORDER BY description"""
@@ -97,6 +97,51 @@ def test_every_kind_of_row_is_taken(
     for table, column in {"SourceRelease": "name", "Model": "id", "SourceSet": "name", "Source": '"setName"'}.items():
         asked = store.provenance.model if table == "Model" else name
         assert tables.ask(f"""SELECT visibility FROM "{table}" WHERE {column} = '{asked}'""") == ["PUBLIC"]
+
+
+def scored(store: sl.FeatureStore, folder: Path, **about: Any) -> Path:
+    """An export of two labels with scores, in text that PostgreSQL does not store."""
+    for name in ("tokens.safetensors", "statistics.safetensors", "strings.json", "manifest.json"):
+        (folder / name).write_bytes((store.folder / name).read_bytes())
+    for shard in store.manifest.shards:
+        (folder / shard.file).write_bytes((store.folder / shard.file).read_bytes())
+    copy = sl.FeatureStore.load(folder)
+    scores = {"detection": 0.8, "detection_low": 0.7, "detection_high": 0.9, "detection_chance": 0.5, "f1": 0.4}
+    with LabelStore.open(copy) as book:
+        book.add([Label(feature=3, text="a\0b \\u0000 c", author="lm", scores=scores)])
+        book.add([Label(feature=5, text="none", author="lm", scores={"fuzzing": float("nan"), "detection": 0.6})])
+    shown = Publication(model_id=f"m-{about.get('score_model')}", **about)
+    return export_store(copy, folder / "out", "neuronpedia", features=[3, 5], about=shown, progress=False)
+
+
+def test_scores_have_a_table_of_their_own(tables: Database, store: sl.FeatureStore, tmp_path: Path) -> None:
+    for name in ("ExplanationScoreModel", "ExplanationScoreType"):
+        given = {"name": "scorer" if name.endswith("Model") else "eleuther_recall", "displayName": "d"}
+        more = {"description": "d", "creatorName": "c", "creatorId": USERS[0]}
+        columns = tables.columns(name)
+        row = {key: value for key, value in (given | more).items() if key in columns}
+        keys = ", ".join(f'"{key}"' for key in row)
+        tables.ask(f"""INSERT INTO "{name}" ({keys}) VALUES ({", ".join(f"'{value}'" for value in row.values())})""")
+    taken = import_folder(tables, scored(store, tmp_path, score_model="scorer"))
+    assert {kind: one.errors for kind, one in taken.items()} == dict.fromkeys([*HEADS, *LINES], ())
+    assert (taken["explanations"].taken, taken["scores"].taken, taken["scores"].dropped) == (2, 2, ())
+    sql = """SELECT description, value, "jsonDetails" FROM "ExplanationScore" s JOIN "Explanation" e
+        ON e.id = s."explanationId" WHERE e."modelId" = 'm-scorer' ORDER BY value DESC"""
+    first, second = tables.ask(sql)
+    assert first == 'a\ufffdb \\u0000 c|0.8|{"low": 0.7, "high": 0.9, "chance": 0.5}' and second == "none|0.6|{}"
+    (tmp_path / "other").mkdir()
+    refused = import_folder(tables, scored(store, tmp_path / "other", score_model="nobody"))
+    assert "explanationScoreModelName" in refused["scores"].errors[0] and refused["explanations"].taken == 2
+
+
+def test_without_a_model_that_scores_there_are_no_rows_of_scores(store: sl.FeatureStore, tmp_path: Path) -> None:
+    root = scored(store, tmp_path)
+    assert not (root / "scores").exists()
+    rows = read(root, "explanations/batch-0.jsonl.gz")
+    assert json.loads(rows[0]["notes"])["saelab"]["scores"]["detection"] == 0.8
+    assert "\0" not in json.dumps(rows) and rows[0]["description"] == "a\ufffdb \\u0000 c"
+    raw = gzip.decompress((root / "explanations/batch-0.jsonl.gz").read_bytes())
+    assert b"\\u0000" not in raw  # its importer replaces these six characters, wherever they stand
 
 
 def test_a_wrong_key_is_refused_by_the_tables(tables: Database, store: sl.FeatureStore, tmp_path: Path) -> None:
@@ -149,7 +194,7 @@ def test_rows_need_what_the_facts_need(store: sl.FeatureStore, sae: sl.SAE, tiny
     facts = json.loads(FACTS.read_text())["tables"]
     root = export_store(store, tmp_path, "neuronpedia", sae=sae, model=tiny, progress=False)
     files = {f"{kind}.jsonl": table for kind, table in HEADS.items()}
-    files |= {f"{kind}/batch-0.jsonl.gz": table for kind, table in LINES.items()}
+    files |= {f"{kind}/batch-0.jsonl.gz": table for kind, table in LINES.items() if kind != "scores"}
     for name, table in files.items():
         columns, rows = facts[table]["columns"], read(root, name)
         due = {column for column, kind in columns.items() if " !" in kind}
@@ -235,7 +280,9 @@ def test_a_saved_label_file_has_the_columns_too(store: sl.FeatureStore, tmp_path
         assert again.load(tmp_path / "labels.jsonl") == 4
         kept = [(label.text, label.sign, label.author, dict(label.scores)) for label in again]
         assert kept == [
-            (label.text, label.sign, label.author, dict(label.scores)) for label in book if label.kind != "none"
+            (label.text, label.sign, label.author.rpartition("/")[2], dict(label.scores))  # a path is cut
+            for label in book
+            if label.kind != "none"
         ]
     for row in rows:
         assert set(row) <= set(columns) and row["layer"] == "1-saelab" and row["authorId"] == FIRST_USER

@@ -4,6 +4,7 @@ import contextlib
 import json
 import socketserver
 import threading
+import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -32,8 +33,15 @@ class Site:
         self.failures: list[tuple[int, bool]] = []
         """code, and whether the request was taken all the same"""
         self.log: list[str] = []
+        self.routes: dict[str, tuple[int, bool]] = {}
+        """a failure of a route's next request: its code, and whether the request was taken all the same"""
+
+    def has_set(self, body: dict[str, Any]) -> bool:
+        return (body.get("modelId"), body.get("name")) in self.sets
 
     def get(self, path: list[str]) -> tuple[int, Any]:
+        if failure := self.routes.pop(path[0], None):
+            return failure[0], {"error": "Something went wrong on our end."}
         if path[0] == "source-set":
             return 200, {"name": path[2]} if (path[1], path[2]) in self.sets else None
         if path[0] == "feature":
@@ -41,6 +49,17 @@ class Site:
         return 404, {}
 
     def post(self, path: str, body: dict[str, Any]) -> tuple[int, Any]:
+        code, taken = self.routes.pop(path, (200, True))
+        if not taken:
+            return code, {"error": "Something went wrong on our end."}
+        answer = self.take(path, body)
+        return answer if code == 200 else (code, {"error": "Something went wrong on our end."})
+
+    def take(self, path: str, body: dict[str, Any]) -> tuple[int, Any]:
+        if path == "model/get":
+            return 200, self.models.get(body["id"])
+        if path in ("model/new", "source-set/new") and (body.get("id") in self.models or self.has_set(body)):
+            return 400, {"error": "exists already"}
         if path == "model/new":
             self.models[body["id"]] = body
             return (200, body) if 1 <= body["layers"] < 128 else (400, {"error": "Layers"})
@@ -186,6 +205,47 @@ def test_failures_that_pass_are_waited_for(
     assert not state.twice and not state.failures
 
 
+@pytest.mark.parametrize("taken", [False, True])
+@pytest.mark.parametrize("route", ["source-set", "source-set/new", "model/new", "feature/upload-batch"])
+def test_every_route_is_asked_again(
+    route: str, taken: bool, send: Any, site: tuple[Site, str], sae: sl.SAE, tiny: Any
+) -> None:
+    """One mechanism for all: what was made although its answer was lost is not made again."""
+    state, _ = site
+    state.routes = {route: (503, taken)}
+    result = send(sae=sae, model=tiny, create=True, features=[3, 5])
+    assert result.n_features == len(state.features) == 2 and not state.twice and not state.routes
+    assert list(state.models) == ["tiny-lm"] and state.sets == {("tiny-lm", "saelab")}
+
+
+def test_a_server_that_drips_has_a_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bytes that come one by one end no wait for the next, and yet the request ends."""
+    monkeypatch.setattr(neuronpedia_upload, "LONGEST_REQUEST", 0.3)
+    stop = threading.Event()
+
+    class Drip(socketserver.StreamRequestHandler):
+        def handle(self) -> None:
+            with contextlib.suppress(OSError):
+                for i in range(10_000):
+                    head = b"HTTP/1.0 200 OK\r\n"
+                    self.wfile.write(head[i : i + 1] or b"x")
+                    if stop.wait(0.02):
+                        return
+
+    waits: list[float] = []
+    with socketserver.ThreadingTCPServer(("127.0.0.1", 0), Drip) as server:
+        server.daemon_threads = True
+        threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
+        client = Server(f"http://127.0.0.1:{server.server_address[1]}", KEY, wait=waits.append)
+        begin = time.monotonic()
+        with pytest.raises(RuntimeError, match="it took more than 0 s"):
+            client.send("x", b"{}")
+        took = time.monotonic() - begin
+        stop.set()
+        server.shutdown()
+    assert len(waits) == 5 and took < 20
+
+
 def test_a_run_that_broke_off_continues(send: Any, site: tuple[Site, str], tmp_path: Path) -> None:
     state, _ = site
     state.sets.add(("tiny-lm", "saelab"))
@@ -232,6 +292,27 @@ def test_the_command_sends_what_it_is_told(store: sl.FeatureStore, capsys: pytes
     assert dispatch(["upload", str(store.folder), "--features", "3,5", "--dry-run", "--no-progress"]) == 0
     assert "would send 2 features" in capsys.readouterr().out
     assert not list(store.folder.glob("upload-*.json"))
+
+
+def test_the_command_exports_what_it_is_told(
+    store: sl.FeatureStore, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from saelab.cli.app import dispatch
+
+    words = ["export", str(store.folder), "--features", "3,5", "--no-progress"]
+    about = ["--model-id", "tiny-x", "--visibility", "UNLISTED", "--url", "https://a.org", "--url", "https://b.org"]
+    assert dispatch([*words, "--out", str(tmp_path / "np"), *about]) == 0
+    folder = tmp_path / "np" / "tiny-x" / "1-saelab"
+    assert f"{folder}: neuronpedia" in capsys.readouterr().out
+    head = json.loads((folder / "release.jsonl").read_text())
+    assert head["visibility"] == "UNLISTED" and head["urls"] == ["https://a.org", "https://b.org"]
+    assert dispatch([*words, "--out", str(tmp_path / "sd"), "--format", "saedashboard"]) == 0
+    assert (tmp_path / "sd" / "batch-0.json").is_file()
+    assert dispatch(["export", str(store.folder), "--out", str(tmp_path / "d"), "--format", "delphi"]) == 0
+    assert list((tmp_path / "d").rglob("*.safetensors"))
+    capsys.readouterr()
+    assert dispatch([*words, "--out", str(tmp_path / "x"), "--format", "other"]) == 2
+    assert "`--format` must be one of delphi" in capsys.readouterr().err
 
 
 ODD = {
