@@ -232,9 +232,10 @@ class Handler(BaseHTTPRequestHandler):
 @contextmanager
 def serve_hub(monkeypatch: pytest.MonkeyPatch, cache: Any) -> Iterator[Hub]:
     """A running server, which Hugging Face's client takes for the Hub, and an empty cache."""
+    from huggingface_hub import close_session
+
     hub = Hub()
     server = ThreadingHTTPServer(("127.0.0.1", 0), type("Own", (Handler,), {"hub": hub}))
-    server.daemon_threads = True
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True)
     thread.start()
     address = f"http://127.0.0.1:{server.server_port}"
@@ -253,6 +254,7 @@ def serve_hub(monkeypatch: pytest.MonkeyPatch, cache: Any) -> Iterator[Hub]:
     try:
         yield hub
     finally:
+        close_session()  # its connections, and with them the server's threads, end
         server.shutdown()
         server.server_close()
         thread.join()
