@@ -27,8 +27,9 @@ from saelab.sae.formats.conventions import Convention
 from saelab.sae.formats.origin import ParsedSAE, SAEFacts
 from saelab.sae.formats.sources import SAEFiles, read_tensors, require_tensors
 from saelab.sae.module import SAEModule
-from saelab.stores.files import replace_folder, save_tensors, shareable, write_atomic
+from saelab.stores.files import replace_folder, save_tensors, write_atomic
 from saelab.stores.manifest import Provenance
+from saelab.stores.sharing import shareable
 from saelab.stores.tensors import read_header
 from saelab.stores.validation import naming
 

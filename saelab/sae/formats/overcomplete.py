@@ -28,8 +28,9 @@ from saelab.sae.formats.conventions import Convention
 from saelab.sae.formats.origin import ParsedSAE, SAEFacts, require
 from saelab.sae.formats.sources import SAEFiles, require_number, require_tensors
 from saelab.sae.module import SAEModule
-from saelab.stores.files import save_tensors, shareable, write_atomic, write_json
+from saelab.stores.files import save_tensors, write_atomic, write_json
 from saelab.stores.manifest import Provenance
+from saelab.stores.sharing import shareable
 from saelab.stores.validation import require_object
 
 CONFIG, WEIGHTS = "config.json", "sae.pt"
