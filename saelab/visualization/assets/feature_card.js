@@ -66,7 +66,7 @@ function Near({ near: { by, rows }, source, onFeature }) {
   const link = j => (onFeature ? html`<a href=${`#${j}`} onClick=${event => { event.preventDefault(); onFeature(j); }}>${j}</a>`
     : html`<${FeatureLink} source=${source} feature=${j} />`);
   const said = (j, label) => label || source?.describe?.(j) || "";  // without a label, some of its text
-  const named = rows.map(([j, value, label]) => [html`${link(j)} <span class="said">${said(j, label)}</span>`, signed(value, 2)]);
+  const named = rows.map(([j, value, label]) => [html`${link(j)} <span class=${label ? "" : "said"}>${said(j, label)}</span>`, signed(value, 2)]);
   return html`<h3>Nearest by ${by}</h3>${rows.length ? html`<${Rank} rows=${named} />` : html`<p>none</p>`}`;
 }
 
