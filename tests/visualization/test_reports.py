@@ -18,7 +18,7 @@ from saelab.cli.app import dispatch
 from saelab.visualization import reports
 from saelab.visualization.html import bundle
 from saelab.visualization.reports import read_prompts
-from tests.pages import read_cards, read_window, with_script
+from tests.pages import read_cards, with_script
 
 HOSTILE = '</script><script>alert(1)</script><img src=x onerror="alert(2)">'
 STRINGS = {0: " the", 1: " hot", 2: " cold", 3: HOSTILE, 4: "\n"}
