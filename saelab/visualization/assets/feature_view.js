@@ -38,7 +38,7 @@ export function FeatureView({ source, feature, query, version, above, below }) {
   useEffect(() => scrollTo(0, 0), [feature]);
   const label = value?.feature === feature ? value.card.label : "";
   useTitle(`Feature ${feature}${label && `: ${label}`}`);
-  return html`<section aria-label=${`Feature ${feature}`}>
+  return html`<section class="feature-page" aria-label=${`Feature ${feature}`}>
     <${FeatureSteps} source=${source} feature=${feature} query=${query} />
     <${Failure} error=${error} />
     ${value && above?.(value)}

@@ -30,7 +30,10 @@ export function frozenSource(data) {
   const filters = [signed && "sign", kinds.length > 1 && "kind", authors.length && "labeled", authors.length > 1 && "author",
     "density_min", "density_max", "peak_min", scored && "score_min", data.compared && "match_min"].filter(Boolean);
   let last = { key: null, rows: [] };  // the list asks for page after page of one query
-  let search = null;  // made when the first word is typed
+  const rest = window.requestIdleCallback ?? setTimeout;
+  let search = null;  // made once the page stands, or when the first word is typed
+  const makeSearch = () => search ??= new WordSearch(rows, row => [row.label, `${row.search} ${row.kind} ${row.partner ?? ""}`]);
+  rest(makeSearch);
 
   function find(query) {
     const key = JSON.stringify(query);
@@ -41,8 +44,7 @@ export function frozenSource(data) {
   function order({ q = "", sort, order }, kept) {
     const down = order === "desc";
     if (!q.trim()) return kept.sort(comparing(sort || "density", down));
-    search ??= new WordSearch(rows, row => [row.label, `${row.search} ${row.kind} ${row.partner ?? ""}`]);
-    const found = search.search(q), exact = places.get(Number(q));
+    const found = makeSearch().search(q), exact = places.get(Number(q));
     if (exact !== undefined) found.set(exact, [Infinity]);
     const rankOf = row => found.get(places.get(row.feature)), byDensity = comparing("density", true);
     const byRank = (a, b) => compareRanks(rankOf(b), rankOf(a)) || byDensity(a, b);
