@@ -27,7 +27,7 @@ def read_bounds() -> dict[str, str]:
     text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
     lists = [
         re.search(rf"^{name} = \[(.*?)\]$", text, re.M | re.S)
-        for name in ("dependencies", "datasets", "fast", "llm", "widgets", "dev")
+        for name in ("dependencies", "datasets", "fast", "llm", "pictures", "widgets", "dev")
     ]
     found = [bound for part in lists if part for bound in re.findall(r'"([\w-]+)>=([\d.]+)', part[1])]
     assert len(found) > 20
@@ -46,7 +46,7 @@ def test_what_is_imported_is_declared() -> None:
     declared = {name.lower().replace("-", "_") for name in read_bounds()}
     imported = {"scikit_learn" if name == "sklearn" else name for name in find_imports()}
     # by declared packages; triton by a torch that was built for CUDA
-    brought_along = {"pandas", "tokenizers", "ipython", "filelock", "traitlets", "triton", "llvmlite"}
+    brought_along = {"pandas", "tokenizers", "ipython", "filelock", "traitlets", "triton", "llvmlite", "pil"}
     asked_for = {"wandb", "tensorboard", "polars"}  # where they are missing
     assert imported - declared <= brought_along | asked_for
 

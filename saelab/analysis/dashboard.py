@@ -58,6 +58,8 @@ class FeatureCard(Result):
     """the most similar features and their similarity"""
     likeness: str
     """name of the similarity measure; empty where it was not measured"""
+    neighbor_labels: tuple[str, ...] = ()
+    """of the similar features, empty where one has none"""
 
     @property
     def n_firings(self) -> int:
@@ -68,6 +70,11 @@ class FeatureCard(Result):
     def density(self) -> float:
         """Share of tokens on which the feature fires."""
         return self.n_firings / self.n_tokens
+
+    def named_neighbors(self) -> list[tuple[str, str, float]]:
+        """Number, label and similarity of the most similar features."""
+        labels = self.neighbor_labels or [""] * len(self.neighbors)
+        return [(str(j), label, value) for (j, value), label in zip(self.neighbors, labels, strict=True)]
 
     def __str__(self) -> str:
         lines = [f"feature {self.feature} {self.label}".rstrip()]
@@ -80,7 +87,7 @@ class FeatureCard(Result):
             for name, tokens in (("promotes", self.effects.promoted), ("suppresses", self.effects.suppressed)):
                 lines.append(f"{name}: " + "  ".join(f"{token!r} {effect:+.2f}" for token, effect in tokens))
         if self.neighbors:
-            near = "  ".join(f"{feature} {value:+.2f}" for feature, value in self.neighbors)
+            near = "  ".join(f"{' '.join(filter(None, row[:2]))} {row[2]:+.2f}" for row in self.named_neighbors())
             lines.append(f"nearest by {self.likeness}: {near}")
         return "\n".join([*lines, str(self.examples)])
 
@@ -90,6 +97,7 @@ def describe_feature(
     feature: SupportsIndex,
     *,
     label: str = "",
+    labels: Mapping[int, str] | None = None,
     lens: LogitLens | None = None,
     neighbors: NearestFeatures | None = None,
     **choice: Any,
@@ -100,7 +108,8 @@ def describe_feature(
     Args:
         store: feature store that holds the feature's codes.
         feature: number of the feature, 0 to d_sae - 1.
-        label: text shown as the feature's name; empty for none.
+        label: text shown as the feature's name; empty takes that in `labels`, if it is there.
+        labels: texts shown as names, by feature; None for none.
         lens: result of `logit_lens` for the same SAE; None leaves the logit effects out.
         neighbors: result of `nearest_features` for the same SAE or store; None leaves the similar features out.
         **choice: options of `max_activating_examples`, such as `n_top`.
@@ -111,7 +120,8 @@ def describe_feature(
     """
     own = ExampleChoice(**choice)
     firings = store.feature(feature)
-    return _describe(firings, next(find_examples(store, [firings], own)), label, lens, neighbors)
+    names = {**(labels or {}), **({firings.feature: label} if label else {})}
+    return _describe(firings, next(find_examples(store, [firings], own)), names, lens, neighbors)
 
 
 def describe_features(
@@ -140,7 +150,7 @@ def describe_features(
     for part in _split(store, features):
         firings = [store.feature(j) for j in part]
         for one, found in zip(firings, find_examples(store, firings, own), strict=True):
-            yield _describe(one, found, (labels or {}).get(one.feature, ""), lens, neighbors)
+            yield _describe(one, found, labels or {}, lens, neighbors)
 
 
 def _split(store: FeatureStore, features: Sequence[int]) -> Iterator[list[int]]:
@@ -157,9 +167,14 @@ def _split(store: FeatureStore, features: Sequence[int]) -> Iterator[list[int]]:
 
 
 def _describe(
-    firings: Feature, found: FeatureExamples, label: str, lens: LogitLens | None, neighbors: NearestFeatures | None
+    firings: Feature,
+    found: FeatureExamples,
+    labels: Mapping[int, str],
+    lens: LogitLens | None,
+    neighbors: NearestFeatures | None,
 ) -> FeatureCard:
     store = firings.store
+    near = tuple(neighbors.of(firings.feature)) if neighbors is not None else ()
     counts, edges = _count(firings)
     sides = [side for sign in (1, -1) if (side := _look(store, firings, sign)) is not None]
     sides.sort(key=lambda side: -side.peak)
@@ -168,14 +183,15 @@ def _describe(
     return FeatureCard(
         feature=firings.feature,
         n_tokens=len(store),
-        label=label,
+        label=labels.get(firings.feature, ""),
         sides=tuple(sides),
         edges=edges,
         counts=counts,
         examples=replace(found, groups=tuple(groups)),
         effects=lens[firings.feature] if lens is not None else None,
-        neighbors=tuple(neighbors.of(firings.feature)) if neighbors is not None else (),
+        neighbors=near,
         likeness=neighbors.by if neighbors is not None else "",
+        neighbor_labels=tuple(labels.get(j, "") for j, _ in near),
     )
 
 

@@ -110,7 +110,7 @@ READING: dict[str, Work] = {
         call.number("limit", 20),
     ),
     "/api/pages/{name}": lambda explorer, call: _make_page(explorer, call.path["name"]),
-    "/api/lists": lambda explorer, call: {"lists": explorer.annotations.lists()},
+    "/api/lists": lambda explorer, call: explorer.describe_lists(),
     "/api/exports": lambda explorer, call: {"n_unnamed": explorer.count_unnamed()},
     "/api/setups": lambda explorer, call: {"setups": explorer.annotations.setups()},
     "/api/history": lambda explorer, call: {"undo": explorer.annotations.last_change()},

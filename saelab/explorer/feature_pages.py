@@ -18,7 +18,7 @@ from saelab.explorer.session import Explorer
 from saelab.labels.label import Label, describe_origin, join_texts
 from saelab.labels.label_store import LabelStore
 from saelab.stores.feature_store import FeatureStore
-from saelab.visualization.feature_cards import draw_card, draw_window, list_windows
+from saelab.visualization.card_data import describe_card, describe_window
 
 if TYPE_CHECKING:
     from saelab.visualization.universality_plots import Matched
@@ -35,7 +35,7 @@ EACH: Mapping[str, str] = {"top": "n_top", "near miss": "n_near", "random": "n_r
 
 
 def describe(explorer: Explorer, feature: int) -> dict[str, Any]:
-    """The page of one feature, ready for JSON; the card is HTML in which all text is escaped.
+    """The page of one feature, ready for JSON.
 
     Args:
         explorer: the explorer.
@@ -49,20 +49,24 @@ def describe(explorer: Explorer, feature: int) -> dict[str, Any]:
         (feature, "page"), lambda: _measure(explorer.store, explorer.sae, feature)
     )
     chosen, labels = _read_labels(explorer.labels, feature)
-    card = replace(card, label=join_texts(chosen), effects=_find_effects(explorer, feature))
-    matched = explorer.matched
     others = {j for j, _ in similar.rows} | {row.feature for row in cofiring.rows}
     names = explorer.names(others)
+    card = replace(
+        card,
+        label=join_texts(chosen),
+        effects=_find_effects(explorer, feature),
+        neighbors=similar.rows,
+        likeness=similar.by,
+        neighbor_labels=tuple(names[j] for j, _ in similar.rows),
+    )
+    matched = explorer.matched
     return {
         "feature": feature,
-        "card": draw_card(card, chosen, matched.draw(card) if matched is not None else ""),
+        "card": describe_card(card, chosen, matched.describe_partners(card) if matched is not None else ()),
         "label": card.label,
         "labels": labels,
         "note": explorer.annotations.note(feature),
         "lists": explorer.annotations.lists_of(feature),
-        **_describe_firings(card),
-        "similar_by": similar.by,
-        "neighbors": [{"feature": j, "similarity": value, "label": names[j]} for j, value in similar.rows],
         "cofiring": [
             {"feature": row.feature, "share": row.share, "lift": row.lift, "phi": row.phi, "label": names[row.feature]}
             for row in cofiring.rows
@@ -95,32 +99,6 @@ def _read_labels(labels: LabelStore, feature: int) -> tuple[list[Label], list[di
         for label in found
     ]
     return chosen, rows
-
-
-def _describe_firings(card: FeatureCard) -> dict[str, Any]:
-    sides = [
-        {
-            "sign": side.sign,
-            "n_firings": side.n_firings,
-            "mean": side.mean,
-            "peak": side.peak,
-            "words": [[word, share] for word, share in side.words],
-        }
-        for side in card.sides
-    ]
-    effects = card.effects
-    return {
-        "density": card.density,
-        "n_firings": card.n_firings,
-        "sides": sides,
-        "histogram": {"edges": list(card.edges), "counts": list(card.counts)},
-        "effects": None
-        if effects is None
-        else {
-            "promoted": [list(pair) for pair in effects.promoted],
-            "suppressed": [list(pair) for pair in effects.suppressed],
-        },
-    }
 
 
 def _find_effects(explorer: Explorer, feature: int) -> Promoted | None:
@@ -162,7 +140,7 @@ def _describe_partner(matched: "Matched | None", feature: int) -> dict[str, Any]
 
 
 def expand_window(explorer: Explorer, feature: int, row: int, before: int, after: int) -> dict[str, Any]:
-    """A window of text around one row of the store, as HTML, with the feature's codes.
+    """A window of text around one row of the store with the feature's codes, as cards have it.
 
     Args:
         explorer: the explorer.
@@ -178,11 +156,11 @@ def expand_window(explorer: Explorer, feature: int, row: int, before: int, after
     if not (0 <= before <= LONGEST and 0 <= after <= LONGEST):
         raise ValueError(f"`before` and `after` must be in 0..{LONGEST}, got {before} and {after}.")
     example = expand_example(explorer.store, feature, row, before, after)
-    return {"html": draw_window(example, _find_scale(explorer.store, feature)), "row": row}
+    return {"window": describe_window(example)}
 
 
 def list_examples(explorer: Explorer, feature: int, group: str, side: int, offset: int, limit: int) -> dict[str, Any]:
-    """More windows of one group of examples, as an HTML list.
+    """More windows of one group of examples, as cards have them.
 
     Args:
         explorer: the explorer.
@@ -203,7 +181,7 @@ def list_examples(explorer: Explorer, feature: int, group: str, side: int, offse
     n = next(step for step in (25, 50, 100, MOST_EXAMPLES) if step >= n)
     found = explorer.cache.get((feature, group, side, n), lambda: _find_group(explorer.store, feature, group, side, n))
     shown = found.examples[offset : offset + limit]
-    return {"html": list_windows(shown, _find_scale(explorer.store, feature)), "total": len(found.examples)}
+    return {"windows": [describe_window(one) for one in shown], "total": len(found.examples)}
 
 
 def _find_group(store: FeatureStore, feature: int, name: str, side: int, n: int) -> ExampleGroup:
@@ -219,10 +197,6 @@ def _find_group(store: FeatureStore, feature: int, name: str, side: int, n: int)
     if (name, side) not in groups:
         raise ValueError(f"Feature {feature} has no examples of the group {name!r} and side {side}.")
     return groups[name, side]
-
-
-def _find_scale(store: FeatureStore, feature: int) -> float:
-    return float(store.statistics.peaks[feature].max())
 
 
 def _require(store: FeatureStore, feature: int) -> None:

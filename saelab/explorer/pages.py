@@ -5,7 +5,7 @@ Each is HTML, in which all text is escaped, and plotly figures, as the reports a
 
 import json
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from saelab.analysis.density import DeadFeatures, dead_features
@@ -46,7 +46,7 @@ def _make(title: str, parts: Sequence[str], figures: Sequence[Any] = ()) -> dict
 
 def _show_dead(explorer: Explorer) -> dict[str, Any]:
     found = explorer.cache.get("dead", lambda: dead_features(explorer.store, explorer.sae, n_explained=N_EXPLAINED))
-    parts = [*draw_kinds(found), *_compare_training(found), *_list_causes(found)]
+    parts = [*draw_kinds(found), *_compare_training(found), *_list_causes(found, explorer.names)]
     return _make("Dead latents", parts, [plot_dead_features(found), plot_density(explorer.store)])
 
 
@@ -56,7 +56,7 @@ def _compare_training(found: DeadFeatures) -> list[str]:
     return [section("Dead at the end of training", facts({name: f"{n:,}" for name, n in found.training.items()}))]
 
 
-def _list_causes(found: DeadFeatures) -> list[str]:
+def _list_causes(found: DeadFeatures, name: Callable[[Sequence[int]], Mapping[int, str]]) -> list[str]:
     """The likely causes, counted, and the first features of which they are."""
     counts = Counter(cause for causes in found.causes.values() for cause in causes)
     silent = [*found.of_kind("dead"), *found.of_kind("near-dead")]
@@ -66,8 +66,10 @@ def _list_causes(found: DeadFeatures) -> list[str]:
     parts = (
         [table(["likely cause", heading], [[cause, f"{n:,}"] for cause, n in counts.most_common()])] if counts else []
     )
+    names = name(silent[:N_LISTED])
     rows = "".join(
-        f'<li><a href="{FEATURE}{j}">{j}</a> {escape(found.kinds[j])}{_describe_causes(found, j)}</li>'
+        f'<li><a href="{FEATURE}{j}">{j}</a> {escape(f"{names[j]} {found.kinds[j]}".lstrip())}'
+        f"{_describe_causes(found, j)}</li>"
         for j in silent[:N_LISTED]
     )
     more = f"The first {N_LISTED} of {len(silent):,}." if len(silent) > N_LISTED else f"All {len(silent):,}."
@@ -98,8 +100,9 @@ def _show_comparison(explorer: Explorer) -> dict[str, Any]:
 def _show_attribution(explorer: Explorer) -> dict[str, Any]:
     if explorer.attribution is None:
         raise ValueError("There is no attribution to show. Start again with one, which `attribute` makes.")
-    drawn = draw_attribution(explorer.attribution, FEATURE)
-    return _make("Attribution", [drawn], [plot_attribution(explorer.attribution)])
+    found = explorer.attribution
+    labels = explorer.names(found.by_feature)
+    return _make("Attribution", [draw_attribution(found, FEATURE, labels)], [plot_attribution(found, labels=labels)])
 
 
 PAGES: dict[str, Callable[[Explorer], dict[str, Any]]] = {

@@ -277,6 +277,11 @@ class Explorer:
         """The label of each of some features as one line of text, empty where it has none."""
         return self.catalog.names(features)
 
+    def describe_lists(self) -> dict[str, Any]:
+        """All lists of features, and the labels of what is in them, ready for JSON."""
+        lists = self.annotations.lists()
+        return {"lists": lists, "names": self.names({j for each in lists for j in each["features"]})}
+
     def about(self) -> dict[str, Any]:
         """What the explorer holds and can do, ready for JSON."""
         ready, has_sae = self.model_state == "ready", self.sae is not None

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
         show_curve as show_curve,
         show_generations as show_generations,
     )
+    from saelab.visualization.pictures import draw_picture as draw_picture, with_picture as with_picture
     from saelab.visualization.reports import Report as Report, report as report
     from saelab.visualization.training_plots import (
         History as History,

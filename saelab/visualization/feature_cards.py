@@ -20,32 +20,29 @@ READ_TOKENS, READ_FEATURES, READ_EACH = 2_000, 20, 8
 """drawn of texts: tokens, rows of the table, and features that a token's title lists"""
 
 
-def draw_card(card: FeatureCard, labels: Sequence[Label] = (), below: str = "") -> str:
-    """A feature dashboard as one HTML element, with links `#feature=12` to similar features; all text is escaped.
+def draw_card(card: FeatureCard, labels: Sequence[Label] = ()) -> str:
+    """A feature dashboard as one HTML element, for notebooks, which run no scripts; all text is escaped.
 
     Positive codes are orange, negative ones blue, with an opacity that grows with |z| relative to the feature's
     largest; the token that a window was chosen for is underlined. `labels` are the feature's chosen labels, shown with
-    their authors and scores. `below` is HTML that is placed below the head, such as the partner in another store.
+    their authors and scores. Pages draw the same card from JSON (`describe_card`, feature_card.js).
     """
     aside = [_histogram(card), *(_words(side, len(card.sides)) for side in card.sides), _effects(card), _near(card)]
     scale = max((side.peak for side in card.sides), default=0.0)
     groups = [_group(group, scale) for group in card.examples.groups]
-    parts = f'<div class="cols"><div>{"".join(aside)}</div><div>{"".join(groups)}</div></div>'
-    return f'<article class="fcard">{_head(card, labels)}{below}{parts}</article>'
+    parts = f'<div class="texts">{"".join(groups)}</div><div class="numbers">{"".join(aside)}</div>'
+    return f'<article class="fcard">{_head(card, labels)}<div class="cols">{parts}</div></article>'
 
 
 def draw_window(example: Example, scale: float) -> str:
-    """A window of text as HTML, each token an element colored by its code, with the value as its title.
-
-    `data-row` is the store's row of the token that the window was chosen for.
-    """
+    """A window of text as HTML, each token an element colored by its code, with the value as its title."""
     inside = [
         _token(word, value, scale, False) if value else _silent(word)
         for word, value in zip(example.words, example.values, strict=True)
     ]
     center = example.center
     inside[center] = _token(example.words[center], example.values[center], scale, True)
-    return f'<div class="win" data-row="{example.token}">{"".join(inside)}</div>'
+    return f'<div class="win">{"".join(inside)}</div>'
 
 
 def list_windows(examples: Iterable[Example], scale: float) -> str:
@@ -156,8 +153,8 @@ def _effects(card: FeatureCard) -> str:
 def _near(card: FeatureCard) -> str:
     if not card.likeness:
         return ""
-    links = ((f'<a href="#feature={j}">{j}</a>', f"{value:+.2f}") for j, value in card.neighbors)
-    return f"<h3>Nearest by {escape(card.likeness)}</h3>" + (_rank(links) if card.neighbors else "<p>none</p>")
+    rows = ((escape(f"{j} {label}".rstrip()), f"{value:+.2f}") for j, label, value in card.named_neighbors())
+    return f"<h3>Nearest by {escape(card.likeness)}</h3>" + (_rank(rows) if card.neighbors else "<p>none</p>")
 
 
 def _rank(rows: Iterable[tuple[str, str]]) -> str:
@@ -169,8 +166,7 @@ def _group(group: ExampleGroup, scale: float) -> str:
     sign = {1: " +", -1: " \u2212", 0: ""}[group.side]
     pool = f"{group.n_firings:,} firings, |z| {group.low:.3g} to {group.high:.3g}" if group.n_firings else ""
     name, windows = escape(group.name.capitalize()), list_windows(group.examples, scale)
-    about = f'data-group="{escape(group.name)}" data-side="{group.side}"'
-    return f"<details {about}{opened}><summary>{name}{sign} <span>{pool}</span></summary>{windows}</details>"
+    return f"<details{opened}><summary>{name}{sign} <span>{pool}</span></summary>{windows}</details>"
 
 
 def _draw_alone(card: FeatureCard) -> str:

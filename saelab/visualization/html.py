@@ -13,6 +13,8 @@ from functools import cache
 from importlib.resources import files
 from typing import TYPE_CHECKING, Any
 
+from saelab.visualization.pictures import with_picture
+
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure
 
@@ -164,7 +166,8 @@ def escape_plotly(text: object, width: int = 60) -> str:
 
 
 def apply_layout(figure: "Figure", title: str, note: str, height: int = 420) -> "Figure":
-    """The figure with the common layout: title and note above, light grid lines, the template's background.
+    """The figure with the common layout: title and note above, light grid lines, the template's background. Notebooks
+    display it with a picture beside it (`with_picture`).
 
     Args:
         figure: plotly figure, changed in place.
@@ -193,7 +196,7 @@ def apply_layout(figure: "Figure", title: str, note: str, height: int = 420) -> 
     )
     figure.update_xaxes(gridcolor=GRID, linecolor=GRID, zerolinecolor=GRID, title_standoff=8)
     figure.update_yaxes(gridcolor=GRID, linecolor=GRID, zerolinecolor=GRID, title_standoff=8)
-    return figure
+    return with_picture(figure)
 
 
 def write_over(figure: "Figure", text: str) -> None:

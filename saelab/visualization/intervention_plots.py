@@ -320,12 +320,13 @@ def _draw_alone(texts: GenerationComparison) -> str:
 register_drawing(GenerationComparison, _draw_alone)
 
 
-def plot_attribution(attribution: Attribution, n: int = 15) -> "Figure":
+def plot_attribution(attribution: Attribution, n: int = 15, labels: Mapping[int, str] | None = None) -> "Figure":
     """A heat map of attribution effects: the features with the largest effects by tokens of the prompt.
 
     Two more rows show the summed effects of all other features and of the reconstruction errors. x: tokens; y: the `n`
     features whose effects have the largest summed size; color: change of the metric when the code is replaced, in the
-    metric's units, blue where the metric falls. ValueError for `n` below 1.
+    metric's units, blue where the metric falls; `labels`, text by feature, stand beside the numbers. ValueError for `n`
+    below 1.
 
     >>> sae = sl.SAE(sl.SAEConfig(d_in=32, d_sae=64, activation=sl.TopK(k=4)))
     >>> from saelab.interventions.attribution import attribute
@@ -339,7 +340,8 @@ def plot_attribution(attribution: Attribution, n: int = 15) -> "Figure":
     chosen = [int(i) for i in np.argsort(-sizes, kind="stable")[:n] if sizes[i] > 0]
     rows = [_effects_of(attribution, attribution.features == i) for i in chosen]
     rows += [_effects_of(attribution, ~np.isin(attribution.features, chosen)), attribution.errors]
-    names = [*(f"feature {i}" for i in chosen), "other features", "errors"]
+    said = labels or {}
+    names = [*(" ".join(filter(None, (f"feature {i}", said.get(i)))) for i in chosen), "other features", "errors"]
     figure = _draw_cells(np.stack(rows), names, _number(attribution.tokens))
     how = f"{attribution.method}, {attribution.n_steps} steps" if attribution.n_steps else attribution.method
     ends = f"{attribution.clean:.4g} as it is, {attribution.patched:.4g} with all replaced ({attribution.baseline})"
@@ -405,25 +407,28 @@ def _draw_cells(
     return figure
 
 
-def draw_attribution(attribution: Attribution, pages: str = "") -> str:
+def draw_attribution(attribution: Attribution, pages: str = "", labels: Mapping[int, str] | None = None) -> str:
     """An HTML view of an attribution: the prompt with tokens colored by effect, and the largest effects; text is
     escaped.
 
     Args:
         attribution: result of `attribute`.
         pages: what the addresses of features' pages begin with, before the number; empty makes no links.
+        labels: text by feature, in a column of its own; None leaves it out.
     """
     lines = str(attribution).split("\n")
     said = lines[: 2 + (attribution.agreement is not None)]
     scale = float(np.abs(attribution.by_token).max(initial=0)) or 1.0
     words = zip(attribution.tokens, attribution.by_token.tolist(), strict=True)
     text = "".join(_color(token, effect, scale) for token, effect in words)
+    header = ["effect", "code", "feature", "token", *(["label"] if labels else [])]
     rows = [
         [f"{effect:+.4f}", f"{code:+.3f}", str(feature), f"{position} {attribution.tokens[position]}"]
+        + ([labels.get(feature, "")] if labels else [])
         for position, feature, code, effect in attribution.top()
     ]
     head = "".join(paragraph(line) for line in said)
-    shown = table(["effect", "code", "feature", "token"], rows, links={"feature": pages} if pages else None)
+    shown = table(header, rows, links={"feature": pages} if pages else None)
     return f"{head}<p>{text}</p>{shown}"
 
 

@@ -3,13 +3,16 @@
 Also the features that fire on each token of chosen prompts, as a section of the page.
 """
 
+import base64
+import gzip
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from saelab.analysis.dashboard import FeatureCard, describe_features
 from saelab.analysis.density import KINDS, DeadFeatures, dead_features
@@ -19,7 +22,7 @@ from saelab.analysis.prompt_features import read_prompt
 from saelab.collecting.harvesting import require_harvested
 from saelab.evaluation.results import ROWS, Evaluation
 from saelab.functional.indices import FeatureIds, read_features
-from saelab.labels.label import Label, join_texts
+from saelab.labels.label import Label, join_texts, main_score
 from saelab.labels.label_store import LabelStore
 from saelab.sae.compatibility import match_weights
 from saelab.stores.feature_store import FeatureStore
@@ -30,7 +33,8 @@ from saelab.stores.results import Result
 from saelab.stores.sharing import shareable, shareable_words
 from saelab.stores.validation import read_json
 from saelab.universality.matching import Comparison
-from saelab.visualization.feature_cards import draw_card, style_card
+from saelab.visualization.card_data import describe_card, shorten
+from saelab.visualization.feature_cards import style_card
 from saelab.visualization.html import bundle, escape, facts, paragraph, read_asset, section, table, write_policy
 from saelab.visualization.universality_plots import Matched
 
@@ -45,20 +49,25 @@ N_SHOWN = 12
 PER_FILE = 100
 N_SEARCHED = 6
 """Number of windows whose text the search covers for each feature, of both signs."""
+SNIPPET = 80
+"""Characters of text on each side of the token in a row of the list, at most."""
 PAGE, NAME = "index.html", "report.json"
 FILES = (PAGE, NAME, "cards-*.js")
 ON_ONE_PAGE = 200
 """Number of features up to which a folder holds one page and no further files."""
 
+Cards: TypeAlias = Iterator[tuple[dict[str, Any], dict[str, Any]]]
+"""rows of the list, each with the card of its feature"""
 
-def fill_page(title: str, summary: str, data: Mapping[str, Any], cards: Mapping[int, str]) -> str:
+
+def fill_page(title: str, summary: str, data: Mapping[str, Any], cards: Mapping[int, Mapping[str, Any]]) -> str:
     """The complete HTML page of a report.
 
     Args:
         title: plain text.
         summary: HTML.
         data: data of the feature list and the prompts, embedded as JSON.
-        cards: cards in the page itself, HTML by feature.
+        cards: cards in the page itself, as `describe_card` makes them, by feature.
     """
     script = bundle("report.js")
     style = read_asset("page.css") + read_asset("components.css")
@@ -72,18 +81,26 @@ def fill_page(title: str, summary: str, data: Mapping[str, Any], cards: Mapping[
             f'<main id="report"><noscript>{NO_SCRIPT}</noscript></main>',
             f'<template id="summary">{summary}</template>',
             f'<script type="application/json" id="data">{to_script(data)}</script>',
-            f'<script type="application/json" id="cards">{to_script(cards)}</script>',
+            f'<script type="application/json" id="cards">{to_script(pack_cards(cards))}</script>',
             f"<script>{script}</script>\n</body>\n</html>\n",
         ]
     )
 
 
 NO_SCRIPT = "The list of features needs JavaScript, which this page carries; nothing is fetched from the network."
+UNSAFE = re.compile("[<\u2028\u2029\ud800-\udfff]")
+"""what may not stand between script tags, line ends that only JavaScript recognizes, and halves of surrogate pairs"""
 
 
-def as_script(cards: Mapping[int, str]) -> str:
-    """A script that passes cards, HTML by feature, to the page."""
-    return f"addCards({to_script(cards)});"
+def pack_cards(cards: Mapping[int, Mapping[str, Any]]) -> str:
+    """Cards by feature as JSON, compressed (gzip) and in base64, as `frozen_source.js` reads them."""
+    plain = json.dumps(cards, allow_nan=False, separators=(",", ":"))
+    return base64.b64encode(gzip.compress(plain.encode(), mtime=0)).decode()
+
+
+def as_script(cards: Mapping[int, Mapping[str, Any]]) -> str:
+    """A script that passes cards by feature to the page."""
+    return f'addCards("{pack_cards(cards)}");'
 
 
 def to_script(value: Any) -> str:
@@ -92,7 +109,8 @@ def to_script(value: Any) -> str:
     >>> to_script("</script>")
     '"\\\\u003c/script>"'
     """
-    return json.dumps(value, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c")
+    plain = json.dumps(value, allow_nan=False, ensure_ascii=False, separators=(",", ":"))
+    return UNSAFE.sub(lambda found: f"\\u{ord(found[0]):04x}", plain)
 
 
 def summarize(store: FeatureStore, found: DeadFeatures, evaluation: Evaluation | Mapping[str, Any] | None) -> str:
@@ -296,7 +314,7 @@ class _Page:
     compared: str | None
     """similarity by which features have partners; None without a comparison"""
 
-    def fill(self, rows: list[dict[str, Any]], files: list[str], cards: Mapping[int, str]) -> str:
+    def fill(self, rows: list[dict[str, Any]], files: list[str], cards: Mapping[int, Any]) -> str:
         data = {"features": rows, "files": files, "per_file": PER_FILE, "prompts": self.prompts}
         data["compared"] = self.compared
         return fill_page(self.title, self.summary, data, cards)
@@ -346,8 +364,8 @@ def _cards(
     found: DeadFeatures,
     matched: Matched | None,
     progress: bool,
-) -> Iterator[tuple[dict[str, Any], str]]:
-    """Each feature's row of the list and its card as HTML."""
+) -> Cards:
+    """Each feature's row of the list and its card."""
     from tqdm.auto import tqdm
 
     texts = {j: name.text for j, name in names.items()}
@@ -355,11 +373,11 @@ def _cards(
     for card in tqdm(cards, total=len(wanted), unit=" features", disable=hidden(progress)):
         j = card.feature
         labels = names[j].labels if j in names else ()
-        partner = matched.describe(j) if matched else {}
-        yield _row(card, found) | partner, draw_card(card, labels, matched.draw(card) if matched else "")
+        row = _row(card, found, labels) | (matched.describe(j) if matched else {})
+        yield row, describe_card(card, labels, matched.describe_partners(card) if matched else ())
 
 
-def _write(page: _Page, target: Path, cards: Iterator[tuple[dict[str, Any], str]], n_features: int) -> Report:
+def _write(page: _Page, target: Path, cards: Cards, n_features: int) -> Report:
     if target.suffix == ".html":
         return _write_page(page, target, cards)
     with replace_folder(target, last=PAGE, stale=FILES) as folder:
@@ -373,21 +391,21 @@ def _write(page: _Page, target: Path, cards: Iterator[tuple[dict[str, Any], str]
     return Report(page=str(target / PAGE), n_features=n_features, n_bytes=n_bytes)
 
 
-def _write_page(page: _Page, path: Path, cards: Iterator[tuple[dict[str, Any], str]]) -> Report:
+def _write_page(page: _Page, path: Path, cards: Cards) -> Report:
     rows, drawn = [], {}
-    for row, html in cards:
+    for row, card in cards:
         rows.append(row)
-        drawn[row["feature"]] = html
+        drawn[row["feature"]] = card
     text = page.fill(rows, [], drawn).encode()
     write_atomic(path, text)
     return Report(page=str(path), n_features=len(rows), n_bytes=len(text))
 
 
-def _write_files(folder: Path, cards: Iterator[tuple[dict[str, Any], str]]) -> tuple[list[dict[str, Any]], list[str]]:
+def _write_files(folder: Path, cards: Cards) -> tuple[list[dict[str, Any]], list[str]]:
     """Write cards into scripts of `PER_FILE`, one in memory at a time; returns the rows of the list and file names."""
     rows: list[dict[str, Any]] = []
     files: list[str] = []
-    drawn: dict[int, str] = {}
+    drawn: dict[int, dict[str, Any]] = {}
 
     def flush() -> None:
         if drawn:
@@ -395,34 +413,40 @@ def _write_files(folder: Path, cards: Iterator[tuple[dict[str, Any], str]]) -> t
             write_atomic(folder / files[-1], as_script(drawn).encode())
             drawn.clear()
 
-    for row, html in cards:
+    for row, card in cards:
         rows.append(row)
-        drawn[row["feature"]] = html
+        drawn[row["feature"]] = card
         if len(drawn) == PER_FILE:
             flush()
     flush()
     return rows, files
 
 
-def _row(card: FeatureCard, found: DeadFeatures) -> dict[str, Any]:
-    """A feature's row of the list, with the text that the search covers."""
+def _row(card: FeatureCard, found: DeadFeatures, labels: Sequence[Label] = ()) -> dict[str, Any]:
+    """A feature's row of the list, with the words that the search covers."""
     groups = [group.examples for group in card.examples.groups if group.name == "top"]  # the strong side first
     tops = [example for group in groups for example in group[: N_SEARCHED // len(groups)]]
     snippet = ["", "", ""]
     if tops:
         words, center = tops[0].words, tops[0].center
-        snippet = ["".join(words[:center]), words[center], "".join(words[center + 1 :])]
+        snippet = ["".join(words[:center])[-SNIPPET:], words[center], "".join(words[center + 1 :])[:SNIPPET]]
     n_positive, n_negative = (sum(side.n_firings for side in card.sides if side.sign == sign) for sign in (1, -1))
-    return {
+    row = {
         "feature": card.feature,
         "label": card.label,
-        "text": card.label or "".join(snippet).strip(),
         "snippet": [part.replace("\n", " ") for part in snippet],
-        "search": " ".join(example.text for example in tops),
-        "density": card.density,
+        "search": " ".join(dict.fromkeys(" ".join(example.text for example in tops).casefold().split())),
+        "density": float(f"{card.density:.6g}"),
         "n_positive": n_positive,
         "n_negative": n_negative,
-        "balance": n_negative / card.n_firings if card.n_firings else None,
-        "peak": max((side.peak for side in card.sides), default=0.0),
+        "balance": shorten(n_negative / card.n_firings) if card.n_firings else None,
+        "peak": float(f"{max((side.peak for side in card.sides), default=0.0):.6g}"),
         "kind": found.kinds[card.feature],
     }
+    scores = [score for label in labels if (score := main_score(label)) is not None]
+    if scores:
+        row["score"] = shorten(sum(scores) / len(scores))
+    if labels:
+        row["authors"] = list(dict.fromkeys(label.author for label in labels))
+        row["by_person"] = any(label.by_person for label in labels)
+    return row

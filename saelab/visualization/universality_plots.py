@@ -8,15 +8,14 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
 
-from saelab.analysis.dashboard import FeatureCard, FeatureSide, describe_feature
-from saelab.analysis.max_activating import Example
+from saelab.analysis.dashboard import FeatureCard, describe_feature
 from saelab.stores.feature_store import FeatureStore
 from saelab.stores.results import register_drawing
 from saelab.stores.sharing import tell_apart
 from saelab.universality.comparison import compare
 from saelab.universality.matching import Comparison, Matches, Relation
 from saelab.universality.universal_features import UniversalTable, check_stores, format_p, format_words, split_side
-from saelab.visualization.feature_cards import list_windows, show_code
+from saelab.visualization.card_data import describe_side, describe_window, shorten
 from saelab.visualization.html import (
     MINUS,
     OTHER,
@@ -25,7 +24,6 @@ from saelab.visualization.html import (
     apply_layout,
     count_tokens,
     decimal,
-    escape,
     escape_plotly,
     paragraph,
     section,
@@ -328,13 +326,11 @@ class Matched:
         best = max(known, key=lambda number: abs(side.similarity[number]))
         partner = int(side.partners[best])
         row = {"match": float(side.similarity[best]), "universal": bool(side.universal[best])}
-        called = self.labels.get(split_side(self.comparison, partner)[0], "")
-        return row | {"partner": " ".join(filter(None, (self._name(partner), called)))}
+        return row | {"partner": self._call(partner)}
 
-    def draw(self, card: FeatureCard) -> str:
-        """The partner of a feature as HTML for its card; text is escaped."""
-        parts = "".join(self._draw(card, number) for number in self._numbers(card.feature))
-        return f'<section class="match">{parts}</section>'
+    def describe_partners(self, card: FeatureCard) -> list[dict[str, Any]]:
+        """The partner of a feature, or those of its two sides, ready for JSON: as its card shows them."""
+        return [self._describe_partner(card, number) for number in self._numbers(card.feature)]
 
     def _numbers(self, feature: int) -> tuple[int, ...]:
         """The numbers of a feature in the comparison: itself, or its two sides."""
@@ -344,24 +340,30 @@ class Matched:
         feature, sign = split_side(self.comparison, number)
         return f"{feature}{MARKS[sign]}"
 
-    def _draw(self, card: FeatureCard, number: int) -> str:
+    def _call(self, number: int) -> str:
+        """Name and label of a feature of the other store."""
+        label = self.labels.get(split_side(self.comparison, number)[0], "")
+        return " ".join(filter(None, (self._name(number), label)))
+
+    def _describe_partner(self, card: FeatureCard, number: int) -> dict[str, Any]:
         side = self.comparison.a
         partner, here = int(side.partners[number]), split_side(self.comparison, number)[1]
         own = f" of {MARKS[here]}" if here else ""
         if partner < 0:
             why = "nothing there fires with it often enough" if side.fires[number] else "it never fires"
-            return f"<h3>No partner{own} in {escape(self.name)}: {why}</h3>"
+            return {"title": f"No partner{own} in {self.name}: {why}"}
         feature, there = split_side(self.comparison, partner)
         label = self.labels.get(feature, "")
         shown = describe_feature(self.other, feature, label=label, **CHOICE)
-        named = escape(label) if label else '<span class="dim">no label</span>'
-        head = f"<h3>Partner{own} in {escape(self.name)}: {self._name(partner)} {named}</h3>"
         turned = -1 if side.similarity[number] < 0 else 1
         signs = [(here, there)] if here else [(sign, sign * turned) for sign in _signs(card, shown, turned)]
-        columns = (_draw_side(*one) for a, b in signs for one in (("Here", card, a), ("There", shown, b)))
-        return (
-            f'{head}<p class="dim">{escape(self._describe_pair(number))}</p><div class="both">{"".join(columns)}</div>'
-        )
+        return {
+            "title": f"Partner{own} in {self.name}",
+            "name": self._name(partner),
+            "label": label,
+            "about": self._describe_pair(number),
+            "columns": [_describe_place(*one) for a, b in signs for one in (("Here", card, a), ("There", shown, b))],
+        }
 
     def _describe_pair(self, number: int) -> str:
         """Similarity, significance and relation of a match, as text."""
@@ -377,14 +379,14 @@ class Matched:
         back = int(found.b.partners[partner])
         said.append("each other\u2019s best" if back == number else f"whose own best is {self._name(back)}")
         if (single := self._one_to_one.get(number, partner)) != partner:
-            said.append(f"one to one with {self._name(single)}")
+            said.append(f"one to one with {self._call(single)}")
         several = self._several.get(number)
         return "; ".join([*said, *([self._list(several)] if several else [])])
 
     def _list(self, several: Relation) -> str:
         pairs = list(zip(several.partners, several.similarities, strict=True))
         pairs.sort(key=lambda pair: -abs(pair[1]))
-        listed = ", ".join(f"{self._name(partner)} ({value:+.2f})" for partner, value in pairs[:MOST_PARTNERS])
+        listed = ", ".join(f"{self._call(partner)} ({value:+.2f})" for partner, value in pairs[:MOST_PARTNERS])
         more = f" and {len(pairs) - MOST_PARTNERS} more" if len(pairs) > MOST_PARTNERS else ""
         return f"{SEVERAL[several.kind]} {listed}{more}"
 
@@ -409,21 +411,16 @@ def _signs(card: FeatureCard, partner: FeatureCard, turned: int) -> list[int]:
     return sorted(found, reverse=True)
 
 
-def _draw_side(place: str, card: FeatureCard, sign: int) -> str:
-    """One sign of a feature as HTML: its tokens and its strongest windows."""
+def _describe_place(place: str, card: FeatureCard, sign: int) -> dict[str, Any]:
+    """One sign of a feature, ready for JSON: its tokens and its strongest windows."""
     side = next((side for side in card.sides if side.sign == sign), None)
-    head = f"<h4>{place} {MARKS[sign]}</h4>"
     if side is None:
-        return f'<div>{head}<p class="dim">never</p></div>'
-    scale = max(one.peak for one in card.sides)
-    windows: list[Example] = [
-        example
+        return {"place": place, "sign": sign}
+    windows = [
+        describe_window(example)
         for group in card.examples.groups
         if (group.name, group.side) == ("top", sign)
-        for example in group.examples
+        for example in group.examples[:N_SHOWN]
     ]
-    return f"<div>{head}<p>{_words(side)}</p>{list_windows(windows[:N_SHOWN], scale)}</div>"
-
-
-def _words(side: FeatureSide) -> str:
-    return " ".join(f'{show_code(word)} <span class="dim">{share:.0%}</span>' for word, share in side.words)
+    peak = shorten(max(one.peak for one in card.sides))
+    return {"place": place, "sign": sign, "side": describe_side(side), "windows": windows, "peak": peak}

@@ -2,7 +2,6 @@
 
 import json
 from dataclasses import replace
-from html.parser import HTMLParser
 from itertools import pairwise
 from typing import Any
 
@@ -16,37 +15,24 @@ from saelab.explorer import feature_pages
 from saelab.explorer.feature_pages import describe, expand_window, list_examples
 from saelab.explorer.session import Explorer
 from saelab.labels.label import Label
-from saelab.visualization.feature_cards import draw_card, draw_window, list_windows
+from saelab.visualization.card_data import describe_card, describe_effects, describe_window
 from tests.explorer.conftest import D_SAE, DEAD
+from tests.pages import read_window
 
 HOSTILE = '</script><script>alert(1)</script><img src=x onerror="alert(2)">\''
 
 
-class Tags(HTMLParser):
-    """The names of all elements of a piece of HTML, and its text."""
-
-    def __init__(self, html: str) -> None:
-        super().__init__()
-        self.names: list[str] = []
-        self.text = ""
-        self.feed(html)
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.names.append(tag)
-        assert not [name for name, _ in attrs if name.startswith("on")]
-
-    def handle_data(self, data: str) -> None:
-        self.text += data
+def text_of(window: list[Any]) -> str:
+    return "".join(read_window(window)[0])
 
 
 def test_every_page_is_json_and_its_card_is_the_card(explorer: Explorer) -> None:
     for feature in range(D_SAE):
         page = json.loads(json.dumps(describe(explorer, feature), allow_nan=False))
-        assert page["card"] == draw_card(describe_feature(explorer.store, feature))
-        assert [side["sign"] for side in page["sides"]] == [
-            s.sign for s in describe_feature(explorer.store, feature).sides
-        ]
-        assert (page["n_firings"] == 0) == (feature in DEAD) and page["effects"] is None and page["partner"] is None
+        card = page["card"]
+        assert card.pop("near")["by"] == "cosine"
+        assert card == json.loads(json.dumps(describe_card(describe_feature(explorer.store, feature))))
+        assert (card["sides"] == []) == (feature in DEAD) and "effects" not in card and page["partner"] is None
     with pytest.raises(ValueError, match=r"`feature` must be in 0..47, got 48"):
         describe(explorer, D_SAE)
 
@@ -100,20 +86,16 @@ def test_hostile_texts_are_shown_as_text(explorer: Explorer) -> None:
     strings = dict(explorer.store.text.strings)
     page = describe(explorer, 3)
     json.dumps(page, allow_nan=False)
-    card = Tags(page["card"])
-    assert HOSTILE in card.text and not {"script", "img"} & set(card.names)
+    assert HOSTILE in page["card"]["label"]  # as it is: the page draws text as text (test_app_in_browser.py)
     assert page["note"] == HOSTILE and page["lists"] == [HOSTILE[:100]]
     assert page["labels"][0]["scores"] == {} and page["labels"][1]["scores"] == {"f1": None, "r": 0.5}
     hostile = dict.fromkeys(strings, HOSTILE)
     explorer.store.__dict__["text"] = replace(explorer.store.text, strings=hostile)
     explorer.cache.clear()
-    for html in (
-        describe(explorer, 4)["card"],
-        expand_window(explorer, 4, 100, 20, 20)["html"],
-        list_examples(explorer, 4, "top", 1, 0, 5)["html"],
-    ):
-        tags = Tags(html)
-        assert not {"script", "img"} & set(tags.names) and "alert(1)" in tags.text
+    windows = [window for group in describe(explorer, 4)["card"]["groups"] for window in group["windows"]]
+    windows.append(expand_window(explorer, 4, 100, 20, 20)["window"])
+    windows += list_examples(explorer, 4, "top", 1, 0, 5)["windows"]
+    assert all(set(text_of(window)) <= set(HOSTILE) and HOSTILE in text_of(window) for window in windows)
 
 
 def test_edits_show_at_once_on_pages_that_are_held(explorer: Explorer) -> None:
@@ -121,22 +103,22 @@ def test_edits_show_at_once_on_pages_that_are_held(explorer: Explorer) -> None:
     explorer.set_label(3, "first")
     explorer.labels.add([Label(feature=3, text="by rules", author="rules", provenance={"store": "s"})])
     page = describe(explorer, 3)
-    assert page["label"] == "first" and ">3</span> first" in page["card"]
+    assert page["label"] == "first" and page["card"]["label"] == "first"
     chosen = [(label["text"], label["chosen"], label["by_person"]) for label in page["labels"]]
     assert chosen == [("first", True, True), ("by rules", False, False)]
     explorer.choose_label(3, "rules")
     assert describe(explorer, 3)["label"] == "by rules"
     explorer.annotations.undo()
     assert describe(explorer, 3)["label"] == "first"
-    other = next(row["feature"] for row in describe(explorer, 3)["neighbors"])
+    other, _, none = describe(explorer, 3)["card"]["near"]["rows"][0]
     explorer.set_label(other, "nearby")
-    assert describe(explorer, 3)["neighbors"][0]["label"] == "nearby"
+    assert none == "" and describe(explorer, 3)["card"]["near"]["rows"][0][2] == "nearby"
 
 
 def test_a_window_grows_to_the_whole_sequence(explorer: Explorer) -> None:
     feature = int(explorer.store.statistics.fires.sum(1).argmax())
     row = int(explorer.store.feature(feature).indices[5])
-    texts = [Tags(expand_window(explorer, feature, row, n, n)["html"]).text for n in (0, 4, 30, 2000)]
+    texts = [text_of(expand_window(explorer, feature, row, n, n)["window"]) for n in (0, 4, 30, 2000)]
     assert all(a in b for a, b in pairwise(texts)) and len(texts[0]) < len(texts[1]) < len(texts[3])
     for wrong in ({"row": -1}, {"row": len(explorer.store)}, {"row": 0, "before": 2001}, {"row": 0, "after": -1}):
         with pytest.raises(ValueError, match="must be in"):
@@ -146,17 +128,15 @@ def test_a_window_grows_to_the_whole_sequence(explorer: Explorer) -> None:
 def test_more_examples_go_on_after_those_of_the_card(explorer: Explorer) -> None:
     feature = int(explorer.store.statistics.fires.min(1).argmax())  # of both signs
     card = describe_feature(explorer.store, feature)
-    scale = max(side.peak for side in card.sides)
     assert {group.side for group in card.examples.groups} == {-1, 0, 1}
     for group in card.examples.groups:
         asked = explorer, feature, group.name, group.side
         n = len(group.examples)
         first = list_examples(*asked, 0, n)
-        assert first["html"] == list_windows(group.examples, scale)
-        assert f'data-group="{group.name}" data-side="{group.side}"' in draw_card(card)
+        assert first["windows"] == [describe_window(one) for one in group.examples]
         later = list_examples(*asked, n, 5)
-        shown = Tags(later["html"]).names.count("li")
-        assert shown == min(5, later["total"] - n) and draw_window(group.examples[0], scale) not in later["html"]
+        assert len(later["windows"]) == min(5, later["total"] - n)
+        assert not [window for window in later["windows"] if window in first["windows"]]
     for group, side in (("best", 1), ("quantile 6 of 5", 1), ("top", 7), ("near miss", 1)):
         with pytest.raises(ValueError, match="group"):
             list_examples(explorer, feature, group, side, 0, 5)
@@ -169,14 +149,13 @@ def test_effects_come_with_the_model_and_never_hold_a_page_up(
     try:
         expected = sl.analysis.logit_lens(shown_sae, tiny, [5], allow_mismatch=True)[5]
         page = describe(explorer, 5)
-        assert page["effects"]["promoted"] == [list(pair) for pair in expected.promoted]
-        assert "Promotes" in page["card"]
+        assert page["card"]["effects"] == describe_effects(expected)
         monkeypatch.setattr(feature_pages, "WAIT", 0.01)
         explorer.lock = Busy()
         expected = sl.analysis.logit_lens(shown_sae, tiny, [6], allow_mismatch=True)[6]
-        assert describe(explorer, 6)["effects"]["promoted"] == [list(pair) for pair in expected.promoted]
+        assert describe(explorer, 6)["card"]["effects"] == describe_effects(expected)
         explorer.unembedding = None  # it cannot be measured now
-        assert describe(explorer, 6)["effects"] is not None and describe(explorer, 7)["effects"] is None
+        assert "effects" in describe(explorer, 6)["card"] and "effects" not in describe(explorer, 7)["card"]
     finally:
         explorer.close()
 

@@ -63,12 +63,12 @@ def test_pages_work_while_the_model_loads(shown_store: Any, shown_sae: Any, tiny
     explorer = Explorer.open(shown_store, load, shown_sae)
     try:
         assert explorer.model_state == "loading" and not explorer.about()["can"]["prompt"]
-        assert describe(explorer, 3)["effects"] is None and explorer.catalog.page()["total"] == D_SAE
+        assert "effects" not in describe(explorer, 3)["card"] and explorer.catalog.page()["total"] == D_SAE
         with pytest.raises(ValueError, match="still loading"):
             explorer.require_model()
         go.set()
         assert wait_for_model(explorer) == "ready" and explorer.require_model() == (shown_sae, tiny)
-        assert explorer.about()["can"]["steer"] and describe(explorer, 3)["effects"] is not None
+        assert explorer.about()["can"]["steer"] and "effects" in describe(explorer, 3)["card"]
     finally:
         go.set()
         explorer.close()
@@ -163,7 +163,7 @@ def test_without_its_sae_a_store_is_shown_by_its_codes(harvested: Path, tiny: An
     explorer = Explorer.open(store, tiny)
     try:
         assert manifest["d_sae"] == D_SAE and explorer.sae is None and explorer.model_state == "ready"
-        assert describe(explorer, 3)["similar_by"] == "correlation" and not explorer.about()["can"]["prompt"]
+        assert describe(explorer, 3)["card"]["near"]["by"] == "correlation" and not explorer.about()["can"]["prompt"]
         with pytest.raises(ValueError, match="needs the SAE"):
             explorer.require_model()
     finally:

@@ -18,7 +18,7 @@ from saelab.cli.app import dispatch
 from saelab.visualization import reports
 from saelab.visualization.html import bundle
 from saelab.visualization.reports import read_prompts
-from tests.pages import with_script
+from tests.pages import read_cards, with_script
 
 HOSTILE = '</script><script>alert(1)</script><img src=x onerror="alert(2)">'
 STRINGS = {0: " the", 1: " hot", 2: " cold", 3: HOSTILE, 4: "\n"}
@@ -165,9 +165,9 @@ def test_a_folder_holds_every_card_once_in_files_of_a_size(store, tmp_path, monk
     assert sorted(file.name for file in (tmp_path / "out").iterdir()) == [
         "cards-0000.js", "cards-0001.js", "index.html", "report.json",
     ]  # fmt: skip
-    found = [json.loads(f.read_text()[len("addCards(") : -2]) for f in sorted((tmp_path / "out").glob("*.js"))]
-    assert [list(cards) for cards in found] == [["3", "0"], ["1"]]
-    assert all("<" not in file.read_text() for file in (tmp_path / "out").glob("*.js"))
+    texts = [file.read_text() for file in sorted((tmp_path / "out").glob("*.js"))]
+    assert [list(read_cards(text)) for text in texts] == [[3, 0], [1]]
+    assert all(re.fullmatch(r'addCards\("[A-Za-z0-9+/=]*"\);', text) for text in texts)
     assert [row["feature"] for row in rows_of(Path(made.page).read_text())] == [3, 0, 1]
     sl.report(store, tmp_path / "out", features=[2], progress=False)  # a report takes the place of a report
     assert sorted(file.name for file in (tmp_path / "out").iterdir()) == ["index.html", "report.json"]
@@ -226,7 +226,7 @@ def test_the_command_writes_a_report_and_says_what_it_could_not_open(store, sae,
     said = capsys.readouterr()
     assert "2 features" in said.out and "model 'model' could not be opened" in said.err and "--model" in said.err
     page = (tmp_path / "r" / "index.html").read_text()
-    assert "0.25" in page and "Nearest by cosine" in page  # the SAE was found where the store has it
+    assert "0.25" in page and read_cards(page)[0]["near"]["by"] == "cosine"  # the SAE was found where the store has it
     assert dispatch([*words[:-3], "--features", "one", "--no-progress"]) == 2
 
 

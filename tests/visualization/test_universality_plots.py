@@ -19,7 +19,7 @@ from saelab.universality.comparison_sources import NullConfig
 from saelab.universality.matching import Matches
 from saelab.universality.universal_features import format_p
 from saelab.visualization import reports
-from tests.pages import with_script
+from tests.pages import read_cards, read_window, with_script
 
 D_SAE, DEAD = 24, 5
 ORDER = np.random.default_rng(3).permutation(D_SAE)
@@ -257,19 +257,19 @@ class Plain(HTMLParser):
         return "".join(self.said)
 
 
-def read(page: str) -> tuple[dict, dict[int, str]]:
+def read(page: str) -> tuple[dict, dict[int, dict]]:
     """The data and the cards of a report on one page."""
     data = re.search(r'<script type="application/json" id="data">(.*?)</script>', page, re.S)
-    cards = re.search(r'<script type="application/json" id="cards">(.*?)</script>', page, re.S)
-    assert data is not None and cards is not None
-    return json.loads(data[1]), {int(feature): card for feature, card in json.loads(cards[1]).items()}
+    assert data is not None
+    return json.loads(data[1]), read_cards(page)
 
 
-def partner(card: str) -> str:
-    """The part of a card that shows the partner."""
-    found = re.search(r'<section class="match">(.*?)</section>', card, re.S)
-    assert found is not None
-    return found[1]
+def said(card: dict) -> str:
+    """What a card says of its feature's partners."""
+    return "; ".join(
+        f"{one['title']}: {one['name']} {one['label']}; {one['about']}" if "name" in one else one["title"]
+        for one in card["partners"]
+    )
 
 
 @pytest.fixture(scope="module")
@@ -283,9 +283,13 @@ def test_every_card_stands_beside_its_partner(found, page) -> None:
     assert data["compared"] == "correlation" and "Compared with second" in page
     side = found.a
     for row in data["features"]:
-        feature, text = row["feature"], Plain(partner(cards[row["feature"]])).text
+        feature, text = row["feature"], said(cards[row["feature"]])
         if side.partners[feature] < 0:
-            assert row["match"] is None and "No partner in second" in text and "Here" not in text
+            assert (
+                row["match"] is None
+                and "No partner in second" in text
+                and "columns" not in cards[feature]["partners"][0]
+            )
             assert ("it never fires" in text) == (not side.fires[feature])
             continue
         assert row["match"] == pytest.approx(float(side.similarity[feature]))
@@ -294,22 +298,22 @@ def test_every_card_stands_beside_its_partner(found, page) -> None:
         assert f"correlation {side.similarity[feature]:+.3f}" in text and f"p {format_p(side, feature)}," in text
         assert f"{side.n_both[feature]:,} tokens" in text and ("flipped" in text) == (side.similarity[feature] < 0)
         assert ("not universal" in text) != side.universal[feature]
-    assert "it never fires" in partner(cards[DEAD])
+    assert "it never fires" in said(cards[DEAD])
 
 
 def test_a_flipped_partner_shows_the_opposite_sign(found, page) -> None:
     cards = read(page)[1]
     checked = 0
     for feature in found.universal_pairs[:, 0].tolist():
-        parts = re.split(r"<h4>", partner(cards[feature]))[1:]
-        assert [part.split()[0] for part in parts] == ["Here", "There"] * (len(parts) // 2)
-        for here, there in zip(parts[::2], parts[1::2], strict=True):
-            signs = [Plain(part).text.split()[1][0] for part in (here, there)]
+        parts = cards[feature]["partners"][0]["columns"]
+        assert [part["place"] for part in parts] == ["Here", "There"] * (len(parts) // 2)
+        for pair in zip(parts[::2], parts[1::2], strict=True):
+            signs = [part["sign"] for part in pair]
             assert (signs[0] != signs[1]) == bool(FLIPPED[feature])
-            values = [[float(v) for v in re.findall(r"<li><span>([^<]*)</span>", part)] for part in (here, there)]
+            values = [[codes[at] for _, codes, at in map(read_window, part["windows"])] for part in pair]
             assert values[0] and np.abs(values[0]).max() == pytest.approx(np.abs(values[1]).max(), rel=0.01)
             for sign, some in zip(signs, values, strict=True):
-                assert len(some) <= 3 and all((value > 0) == (sign == "+") for value in some)
+                assert len(some) <= 3 and all(value * sign > 0 for value in some)
             checked += 1
     assert checked > 12
 
@@ -320,7 +324,7 @@ def test_hostile_names_of_the_other_store_stay_text(stores, found, tmp_path) -> 
     )
     page = Path(made.page).read_text()
     data, cards = read(page)
-    assert HOSTILE in Plain(cards[0]).text and not {"img", "script"} & set(Plain(cards[0]).tags)
+    assert HOSTILE in said(cards[0])
     assert HOSTILE in data["features"][0]["partner"] and Plain(page).tags.count("script") == 3
 
 
@@ -330,7 +334,7 @@ def test_sides_have_partners_of_their_own(stores, sides, tmp_path) -> None:
         stores[0], tmp_path / "o.html", features=[feature], compare=stores[1], comparison=sides, progress=False
     )
     data, cards = read(Path(made.page).read_text())
-    text = Plain(partner(cards[feature])).text
+    text = said(cards[feature])
     values = sides.a.similarity[2 * feature : 2 * feature + 2]
     assert data["features"][0]["match"] == pytest.approx(float(np.nanmax(values)))
     assert "of + in second" in text and f"of {MINUS} in second" in text
@@ -345,14 +349,14 @@ def test_a_report_that_compares_with_nothing_is_refused_or_says_nothing(stores, 
         sl.report(stores[1], tmp_path / "r", compare=stores[0], comparison=found, progress=False)
     assert not (tmp_path / "r").exists()
     plain = Path(sl.report(stores[0], tmp_path / "r.html", features=[0], progress=False).page).read_text()
-    assert read(plain)[0]["compared"] is None and "Compared with" not in plain and 'class="match"' not in plain
+    assert read(plain)[0]["compared"] is None and "Compared with" not in plain and "partners" not in read(plain)[1][0]
 
 
 def test_the_command_compares(stores, tmp_path) -> None:
     words = ["report", str(stores[0].folder), "--compare", str(stores[1].folder), "--out", str(tmp_path / "r")]
     assert dispatch([*words, "--features", "0,5", "--no-progress"]) == 0
     cards = read((tmp_path / "r" / "index.html").read_text())[1]
-    assert "artner in second" in partner(cards[0]) and "it never fires" in partner(cards[DEAD])
+    assert "artner in second" in said(cards[0]) and "it never fires" in said(cards[DEAD])
 
 
 DRIVER = """

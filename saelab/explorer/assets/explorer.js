@@ -8,7 +8,7 @@ import { ListsPage } from "./lists_page.js";
 import { liveSource, readAbout } from "./live_source.js";
 import { Failure, useKeys, useLoaded } from "./loading.js";
 import { PromptPage } from "./prompt_page.js";
-import { go, replace, useRoute, writeRoute } from "./routes.js";
+import { go, replace, useRoute, useTitle, writeRoute } from "./routes.js";
 import { SteeringPage } from "./steering_page.js";
 
 const TITLES = {
@@ -30,7 +30,7 @@ function Explorer({ about, again }) {
   useEffect(() => {  // where the link that was followed is gone, a reader of the page goes on at its content
     if (document.activeElement === document.body) main.current.focus({ preventScroll: true });
   }, [open, id]);
-  useEffect(() => { document.title = `${open === "feature" ? `Feature ${id}` : TITLES[open]} \u00b7 ${about.title}`; }, [open, id]);
+  useTitle(open === "features" && query.q ? `Features: ${query.q}` : TITLES[open]);
   useKeys(open === "features" ? {} : { "/": openSearch, ...(open !== "feature" && { Escape: () => go(writeRoute("features")) }) });
   return html`
     <header><div class="top"><h1>${about.title}</h1><${Model} state=${state} /><${Theme} /></div>

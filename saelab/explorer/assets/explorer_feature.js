@@ -1,32 +1,25 @@
 // The page of one feature: its card, with what a reader may do above it and what else is known below.
-import { html, useRef, useState } from "./vendor/htm-preact-standalone.js";
+import { html, useRef } from "./vendor/htm-preact-standalone.js";
 import { useAction, useEdits } from "./edits.js";
-import { addExpanders } from "./expanding.js";
 import { FeatureView } from "./feature_view.js";
-import { known, percent, short, signed } from "./format.js";
+import { known, percent, short } from "./format.js";
 import { LabelForm, LabelTable } from "./labels.js";
 import { Failure, useLoaded } from "./loading.js";
 import { FeatureLink, writeRoute } from "./routes.js";
 import { addToSetup } from "./setup.js";
 
 export function ExplorerFeature({ source, about, feature, query }) {
-  const edits = useEdits(), [error, setError] = useState("");
-  const draw = root => addExpanders(root, {
-    window: (row, before, after) => source.expand(feature, row, before, after),
-    examples: (group, side, offset, limit) => source.examples(feature, group, side, offset, limit),
-    fail: setError,
-  });
+  const edits = useEdits();
   const edit = about.can.edit, shared = { source, about, feature };
-  return html`<${FeatureView} source=${source} feature=${feature} query=${query} version=${edits} onDraw=${draw}
+  return html`<${FeatureView} source=${source} feature=${feature} query=${query} version=${edits}
     above=${value => html`<div class="acts">
         ${edit && html`<${LabelForm} ...${shared} labels=${value.labels} />`}
         ${about.can.steer && html`<a class="button" href=${writeRoute("steer", "", addToSetup(feature))}>Add to steering</a>`}
         <${Lists} ...${shared} names=${value.lists ?? []} />
-      </div><${Failure} error=${error} />`}
+      </div>`}
     below=${value => html`<div class="panels">
         <${LabelTable} ...${shared} labels=${value.labels} />
         <${Note} ...${shared} text=${value.note ?? ""} />
-        <${Related} source=${source} title="Similar features" rows=${value.neighbors} columns=${{ similarity: signed }} />
         <${Related} source=${source} title="Fires with" rows=${value.cofiring} columns=${{ share: percent, lift: short }} />
       </div>`} />`;
 }

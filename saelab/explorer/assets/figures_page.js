@@ -1,8 +1,12 @@
 // Pages of tables and figures that Python makes: dead latents, evaluation, comparison, attribution.
 import { html } from "./vendor/htm-preact-standalone.js";
 import { Chart } from "./chart.js";
-import { Escaped } from "./feature_view.js";
 import { Failure, useLoaded } from "./loading.js";
+
+// HTML that Python has escaped; nothing else is ever put in as HTML.
+function Escaped({ content }) {
+  return html`<div dangerouslySetInnerHTML=${{ __html: content }} />`;
+}
 
 export function FiguresPage({ source, name, title, version }) {
   const { value, error, loading } = useLoaded(signal => source.page(name, signal), [name, version]);

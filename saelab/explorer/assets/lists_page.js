@@ -17,7 +17,7 @@ export function ListsPage({ source, about }) {
     <${Failure} error=${failed || error} />
     ${edit && html`<${NewList} run=${run} source=${source} />`}
     ${value?.lists.length === 0 && html`<p class="soft">None yet.</p>`}
-    ${value?.lists.map(list => html`<${List} key=${list.name} list=${list} run=${run} source=${source} edit=${edit} />`)}
+    ${value?.lists.map(list => html`<${List} key=${list.name} list=${list} names=${value.names} run=${run} source=${source} edit=${edit} />`)}
     <${PinnedSetups} source=${source} edit=${edit} />
     ${edit && html`<h3>Last change</h3><${Undo} source=${source} always />`}
     <h3>Export</h3>
@@ -38,11 +38,11 @@ function NewList({ run, source }) {
     <button>Make list</button></form>`;
 }
 
-function List({ list: { name, features }, run, source, edit }) {
+function List({ list: { name, features }, names, run, source, edit }) {
   return html`<section class="kept"><h4><a href=${writeRoute("features", "", { list: name })}>${name}</a>
       <span class="soft small"> ${count(features.length)} features</span>
       ${edit && html` <button type="button" aria-label=${`Delete the list ${name}`} onClick=${() => run(() => source.deleteList(name))}>\u00d7</button>`}</h4>
-    <p>${features.map(j => html`<span class="chip" key=${j}><a href=${writeRoute("feature", j)}>${j}</a>
+    <p>${features.map(j => html`<span class="chip" key=${j}><a href=${writeRoute("feature", j)}>${j} <span>${names[j]}</span></a>
       ${edit && html`<button type="button" aria-label=${`Take feature ${j} out of ${name}`} onClick=${() => run(() => source.removeFromList(name, j))}>\u00d7</button>`}
     </span>`)}</p></section>`;
 }

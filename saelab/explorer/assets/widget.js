@@ -1,7 +1,6 @@
 // A widget of a notebook: a feature card, the prompt view or the steering panel, in a style of its own.
 import { html, render as draw, useState } from "./vendor/htm-preact-standalone.js";
-import { addExpanders } from "./expanding.js";
-import { Escaped } from "./feature_view.js";
+import { FeatureCard } from "./feature_card.js";
 import { Failure, useLoaded } from "./loading.js";
 import { PromptPage } from "./prompt_page.js";
 import { SteeringPage } from "./steering_page.js";
@@ -10,25 +9,13 @@ import { widgetSource } from "./widget_source.js";
 const ABOUT = { can: { edit: false, steer: false } };
 
 // The card of one feature; its links to others show them in its place.
-function FeatureCard({ source, query, setQuery }) {
-  const feature = Number(query.feature), [failed, setFailed] = useState("");
-  const { value, error } = useLoaded(signal => source.feature(feature, signal), [feature]);
-  const extend = root => addExpanders(root, {
-    window: (row, before, after) => source.expand(feature, row, before, after),
-    examples: (group, side, offset, limit) => source.examples(feature, group, side, offset, limit),
-    fail: setFailed,
-  });
-  const follow = event => {
-    const [, number] = event.target.closest("a")?.getAttribute("href")?.match(/^#feature=(\d+)$/) ?? [];
-    if (number === undefined) return;
-    event.preventDefault();
-    setQuery({ feature: number });
-  };
-  return html`<div onClick=${follow}><${Failure} error=${error || failed} />
-    ${value && html`<${Escaped} content=${value.card} onDraw=${extend} />`}</div>`;
+function FeatureWidget({ source, query, setQuery }) {
+  const feature = Number(query.feature), { value, error } = useLoaded(signal => source.feature(feature, signal), [feature]);
+  return html`<${Failure} error=${error} />
+    ${value && html`<${FeatureCard} key=${value.feature} card=${value.card} source=${source} onFeature=${j => setQuery({ feature: j })} />`}`;
 }
 
-const VIEWS = { feature: FeatureCard, prompt: PromptPage, steering: SteeringPage };
+const VIEWS = { feature: FeatureWidget, prompt: PromptPage, steering: SteeringPage };
 
 // What the reader does is kept in the widget's state, so that Python can read it and another view shows the same.
 function Widget({ model, source }) {

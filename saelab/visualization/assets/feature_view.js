@@ -1,17 +1,11 @@
-// One feature: its card as Python draws it, and the way to the features before and after it in the list it came from.
-import { html, useEffect, useRef } from "./vendor/htm-preact-standalone.js";
+// One feature: its card, and the way to the features before and after it in the list it came from.
+import { html, useEffect } from "./vendor/htm-preact-standalone.js";
+import { FeatureCard } from "./feature_card.js";
 import { count } from "./format.js";
 import { Failure, useKeys, useLoaded } from "./loading.js";
-import { go, writeRoute } from "./routes.js";
+import { go, useTitle, writeRoute } from "./routes.js";
 
 const BY_NUMBER = { sort: "feature", order: "asc" };
-
-// HTML that Python has escaped; nothing else is ever put in as HTML.
-export function Escaped({ content, onDraw }) {
-  const ref = useRef(null);
-  useEffect(() => onDraw?.(ref.current), [content]);
-  return html`<div ref=${ref} dangerouslySetInnerHTML=${{ __html: content }} />`;
-}
 
 // `query` has the list's search and order, and `at`, the feature's place in it; without them features go by number.
 export function FeatureSteps({ source, feature, query }) {
@@ -39,14 +33,16 @@ function Step({ href, children }) {
 }
 
 // `version` changes when the feature is to be loaded again; `above` and `below` draw what the source answered around the card.
-export function FeatureView({ source, feature, query, version, onDraw, above, below }) {
+export function FeatureView({ source, feature, query, version, above, below }) {
   const { value, error } = useLoaded(signal => source.feature(feature, signal), [source, feature, version]);
   useEffect(() => scrollTo(0, 0), [feature]);
-  return html`<section aria-label=${`Feature ${feature}`}>
+  const label = value?.feature === feature ? value.card.label : "";
+  useTitle(`Feature ${feature}${label && `: ${label}`}`);
+  return html`<section class="feature-page" aria-label=${`Feature ${feature}`}>
     <${FeatureSteps} source=${source} feature=${feature} query=${query} />
     <${Failure} error=${error} />
     ${value && above?.(value)}
-    ${value && html`<${Escaped} content=${value.card} onDraw=${onDraw} />`}
+    ${value && html`<${FeatureCard} key=${feature} card=${value.card} source=${source} />`}
     ${value && below?.(value)}
   </section>`;
 }

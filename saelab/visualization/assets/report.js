@@ -1,14 +1,14 @@
 // The page of `saelab report`: the explorer's list, feature and prompt components on data that stand in the page.
-import { html, render, useState } from "./vendor/htm-preact-standalone.js";
+import { html, render, useLayoutEffect, useRef, useState } from "./vendor/htm-preact-standalone.js";
 import { FeatureList, openSearch } from "./feature_list.js";
-import { Escaped, FeatureView } from "./feature_view.js";
+import { FeatureView } from "./feature_view.js";
 import { addCards, frozenSource } from "./frozen_source.js";
 import { useKeys } from "./loading.js";
 import { PromptTokens, strongest, TokenFeatures, valuesOf } from "./prompt_reading.js";
-import { go, replace, useRoute, writeRoute } from "./routes.js";
+import { go, replace, useRoute, useTitle, writeRoute } from "./routes.js";
 
 const read = id => JSON.parse(document.getElementById(id).textContent);
-const source = frozenSource(read("data")), summary = document.getElementById("summary").innerHTML;
+const source = frozenSource(read("data")), summary = document.getElementById("summary").content;
 window.addCards = addCards;  // what the files of cards call
 addCards(read("cards"));
 
@@ -31,6 +31,7 @@ function Report() {
   const { view, id, query } = useRoute();
   const open = ["feature", "prompts", "summary"].includes(view) ? view : "features";
   useKeys(open === "features" ? {} : { "/": openSearch });
+  useTitle({ features: query.q ? `Features: ${query.q}` : "Features", prompts: "Prompts", summary: "Summary" }[open]);
   if (open === "prompts" || open === "summary") return html`<${Tabs} open=${open} /><${open === "prompts" ? Prompts : Summary} />`;
   return html`<${Tabs} open="features" />${open === "feature"
     ? html`<${FeatureView} source=${source} feature=${Number(id)} query=${query} />`
@@ -38,7 +39,9 @@ function Report() {
 }
 
 function Summary() {
-  return html`<${Escaped} content=${summary} />`;
+  const ref = useRef(null);
+  useLayoutEffect(() => ref.current.replaceChildren(summary.cloneNode(true)), []);
+  return html`<div ref=${ref} />`;
 }
 
 function Tabs({ open }) {

@@ -1,6 +1,6 @@
 // Addresses of views, such as `#/features?sort=peak` and `#/feature/12`. A view keeps all of its state in its address, so
 // that a copied address shows the same again and the browser's back and forward work without help.
-import { html, useLayoutEffect, useState } from "./vendor/htm-preact-standalone.js";
+import { html, useEffect, useLayoutEffect, useState } from "./vendor/htm-preact-standalone.js";
 
 const OLD_NAMES = { "": "features", list: "features" };  // addresses of reports once were `#list` and `#feature=12`
 
@@ -35,6 +35,13 @@ export function useRoute() {
     return () => removeEventListener("hashchange", read);
   }, []);
   return readRoute(hash);
+}
+
+const TITLE = document.title;
+
+// The window's title: what is shown, before the page's own. A view inside of another that has set none sets it.
+export function useTitle(shown) {
+  useEffect(() => { if (shown) document.title = `${shown} \u00b7 ${TITLE}`; }, [shown]);
 }
 
 // A feature's number, as a link to its page where the source has one.
