@@ -12,7 +12,8 @@ import numpy as np
 
 from saelab.analysis.direct_logits import LogitLens, Promoted
 from saelab.analysis.feature_similarity import NearestFeatures
-from saelab.analysis.max_activating import ExampleChoice, FeatureExamples, as_halves, find_examples, top_words
+from saelab.analysis.max_activating import ExampleChoice, FeatureExamples, as_halves, find_examples
+from saelab.analysis.top_tokens import top_words
 from saelab.stores.feature_store import Feature, FeatureStore, Firings
 from saelab.stores.results import Result, format_table
 

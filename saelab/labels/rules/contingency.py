@@ -14,7 +14,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Int, Int32, Integer
 
 from saelab.analysis.direct_logits import LogitLens
-from saelab.analysis.max_activating import count_ids
+from saelab.analysis.top_tokens import count_ids
 from saelab.functional.indices import number_rows
 from saelab.functional.statistics import adjust, dispersion, tail, window_auroc
 from saelab.labels.rules.predicate_sums import ListCounts, PackedBits, PredicateSums
