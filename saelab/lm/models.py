@@ -456,7 +456,7 @@ def describe_model(model: Model) -> ModelDescription:
     >>> sl.lm.describe_model(sl.lm.tiny_model()).weight_processing
     'none'
     """
-    versions = {name: _version(name) for name in ("saelab", "torch", "transformer-lens", "transformers")}
+    versions = {name: find_version(name) for name in ("saelab", "torch", "transformer-lens", "transformers")}
     name = str(model.cfg.model_name)
     if Path(name).parent == WORLD_MODELS:  # built-in models keep their name wherever the package is installed
         name = Path(name).name
@@ -493,7 +493,8 @@ def _official_names() -> dict[str, str]:
 
 
 @cache
-def _version(package: str) -> str:
+def find_version(package: str) -> str:
+    """The installed version of a package, or "not installed"."""
     try:
         return version(package)
     except PackageNotFoundError:

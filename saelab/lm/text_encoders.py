@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal, TypeAlias, get_args
 
@@ -10,10 +9,10 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from saelab.lm.hooks import FORWARD_TOKENS, capture, find_hook_point, require_finite
+from saelab.lm.hooks import FORWARD_TOKENS, capture, find_hook_point
 from saelab.lm.masks import TokenMask
 from saelab.lm.model_checks import Model, find_context, sketch_weights
-from saelab.lm.models import _version, describe_model, hidden_bars, load_model
+from saelab.lm.models import describe_model, find_version, hidden_bars, load_model
 from saelab.lm.tokens import tokenize
 from saelab.lm.unwrapped import evaluating
 from saelab.stores.files import shareable
@@ -51,7 +50,7 @@ class TextEncoder:
     def versions(self) -> dict[str, str]:
         """Versions of the libraries that the vectors depend on."""
         names = ("saelab", "torch", "transformers", *(["sentence-transformers"] if self.pooling == OWN else []))
-        return {name: _version(name) for name in names}
+        return {name: find_version(name) for name in names}
 
     def request(self) -> dict[str, Any]:
         """What determines the vectors, as a dictionary for JSON."""
@@ -112,7 +111,9 @@ def make_text_encoder(
         ImportError: where sentence-transformers is not installed and a folder needs it.
     """
     if pooling is not None and pooling not in get_args(Pooling):
-        raise ValueError(f"`pooling` must be one of {get_args(Pooling)}, or None for the encoder's own, got {pooling!r}.")
+        raise ValueError(
+            f"`pooling` must be one of {get_args(Pooling)}, or None for the encoder's own, got {pooling!r}."
+        )
     for name, given in (("max_tokens", max_tokens), ("batch_size", batch_size)):
         if given is not None and given < 1:
             raise ValueError(f"`{name}` must be at least 1, or None, got {given}.")
@@ -215,15 +216,15 @@ def _of_hugging_face(
             for part in by_length([len(row) for row in rows], batch_size):
                 width = max(len(rows[i]) for i in part)
                 ids = torch.tensor([rows[i] + [fill] * (width - len(rows[i])) for i in part], device=body.device)
-                keep = torch.tensor([[True] * len(rows[i]) + [False] * (width - len(rows[i])) for i in part]).to(ids.device)
+                keep = torch.tensor([[True] * len(rows[i]) + [False] * (width - len(rows[i])) for i in part]).to(
+                    ids.device
+                )
                 x = body(input_ids=ids, attention_mask=keep.long()).last_hidden_state
                 for i, row in zip(part, pool(x, keep, pooling).cpu(), strict=True):
                     found[i] = row
         return torch.stack(found)
 
-    return TextEncoder(
-        encode=encode, model=body, name=_name(model), place=PLACE, pooling=pooling, max_tokens=longest
-    )
+    return TextEncoder(encode=encode, model=body, name=_name(model), place=PLACE, pooling=pooling, max_tokens=longest)
 
 
 def _of_language_model(

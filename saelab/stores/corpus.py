@@ -253,9 +253,9 @@ class StoredText:
     @cached_property
     def same_words(self) -> Int[np.ndarray, "n_ids"]:
         """For each token id, the first id that spells the same word in any case and with any space; -1 for a token
-        without a letter or digit. Ids without a string are words of their own.
+        without a letter or digit, or without a string.
         """
-        found = np.arange(int(self.token_ids.max(initial=-1)) + 1)
+        found = np.full(int(self.token_ids.max()) + 1 if len(self) else 0, -1)
         first: dict[str, int] = {}
         for i, text in sorted(self.strings.items()):
             if i < len(found):
