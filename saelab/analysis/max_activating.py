@@ -78,6 +78,8 @@ class FeatureExamples(Result):
     n_tokens: int
     """tokens among which firings were searched"""
     groups: tuple[ExampleGroup, ...]
+    counted: str = "tokens"
+    """what `n_tokens` counts: tokens, or documents"""
 
     def group(self, name: str, side: int = 1) -> ExampleGroup:
         """The group with a given name and side; KeyError where there is none."""
@@ -88,7 +90,7 @@ class FeatureExamples(Result):
         raise KeyError(f"There must be a group ({name!r}, {side}), got only {have}.")
 
     def __str__(self) -> str:
-        lines = [f"feature {self.feature} on {self.n_tokens:,} tokens"]
+        lines = [f"feature {self.feature} on {self.n_tokens:,} {self.counted}"]
         for group in self.groups:
             sign = {1: "+", -1: "-", 0: " "}[group.side]
             lines.append(f"{sign} {group.name}: {group.n_firings:,} firings, |z| {group.low:.3g} to {group.high:.3g}")
@@ -197,7 +199,7 @@ def _search(
             drawn = view.draw(CANDIDATES * choice.n_random, rng)
             groups.append(view.choose("random", 0, drawn, None, choice.n_random))
         kept = tuple(group for group in groups if group.examples)
-        return FeatureExamples(feature=column.feature, n_tokens=view.n_tokens, groups=kept)
+        return FeatureExamples(feature=column.feature, n_tokens=view.n_tokens, groups=kept, counted=store.counted)
 
     return _choose_ranks(view, groups, rng) if quiet else ([], []), finish
 

@@ -91,7 +91,6 @@ def make_text_encoder(
     tokenizer: Any = None,
     max_tokens: int | None = None,
     batch_size: int | None = None,
-    device: Any = None,
 ) -> TextEncoder:
     """The text encoder of a model: of sentence-transformers, of Hugging Face, of saelab's `load_model`, or in a folder.
 
@@ -103,12 +102,11 @@ def make_text_encoder(
         tokenizer: of a Hugging Face model; None loads that of the model's folder.
         max_tokens: tokens of a document that are read; None is as many as the model reads.
         batch_size: documents per forward pass; None is about 4096 tokens' worth.
-        device: where a model that is loaded here computes; None is the best one present.
 
     Raises:
         ValueError: for a model without pooling where none is named, and for what goes with another kind of model.
         TypeError: for what is no text encoder.
-        ImportError: where sentence-transformers is not installed and a folder needs it.
+        ImportError: as `load_text_encoder`.
     """
     if pooling is not None and pooling not in get_args(Pooling):
         raise ValueError(
@@ -118,7 +116,8 @@ def make_text_encoder(
         if given is not None and given < 1:
             raise ValueError(f"`{name}` must be at least 1, or None, got {given}.")
     if isinstance(encoder, str | Path):
-        encoder, tokenizer = _load(encoder, tokenizer, hook_point, device)
+        encoder, own = load_text_encoder(encoder, hook_point=hook_point)
+        tokenizer = tokenizer or own
     if isinstance(encoder, Model):
         return _of_language_model(encoder, pooling, hook_point, mask or TokenMask(), max_tokens, batch_size)
     if hook_point is not None or mask is not None:
@@ -149,27 +148,44 @@ def is_pretrained(encoder: Any) -> bool:
     return isinstance(encoder, PreTrainedModel)
 
 
-def _load(name: str | Path, tokenizer: Any, hook_point: str | None, device: Any) -> tuple[Any, Any]:
-    """The encoder of a folder or Hub id, and its tokenizer."""
+def load_text_encoder(name: str | Path, *, hook_point: str | None = None, device: Any = None) -> tuple[Any, Any]:
+    """The model of a folder or Hub id, and its tokenizer, None where the model has it.
+
+    Args:
+        name: folder or Hub id; a folder with modules.json is one of sentence-transformers.
+        hook_point: where a language model will be read, which is then loaded by `load_model`; None for an encoder.
+        device: where it computes; None is the best one present.
+
+    Raises:
+        ValueError: for a folder without a model.
+        ImportError: where sentence-transformers is not installed and the folder needs it.
+    """
     if hook_point is not None:
-        return load_model(name, device=device, tokenizer=tokenizer, progress=False), None
-    if Path(name).is_dir() and not (Path(name) / "config.json").is_file() and not (Path(name) / MODULES).is_file():
+        return load_model(name, device=device, progress=False), None
+    folder = Path(name).expanduser()
+    if folder.is_dir() and not (folder / "config.json").is_file() and not (folder / MODULES).is_file():
         raise ValueError(f"`encoder` must be a folder with config.json or {MODULES}, got '{name}' without.")
     place = device or (torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu")
     with hidden_bars():
-        if (Path(name) / MODULES).is_file():
-            try:
-                from sentence_transformers import SentenceTransformer
-            except ImportError:
-                raise ImportError(
-                    f"'{name}' is a model of sentence-transformers, which is not installed; install it, or give the "
-                    "folder of its Hugging Face model with `pooling`."
-                ) from None
-            return SentenceTransformer(str(name), device=str(place)), tokenizer
+        if (folder / MODULES).is_file():
+            return _load_sentences(folder, place), None
         from transformers import AutoModel, AutoTokenizer
 
-        model = AutoModel.from_pretrained(str(name)).to(place).eval()
-        return model, tokenizer or AutoTokenizer.from_pretrained(str(name))
+        try:
+            return AutoModel.from_pretrained(str(name)).to(place).eval(), AutoTokenizer.from_pretrained(str(name))
+        except OSError as error:
+            raise ValueError(f"`encoder` must be a folder or Hub id of a model, got '{name}' ({error}).") from None
+
+
+def _load_sentences(folder: Path, device: Any) -> Any:
+    try:
+        from sentence_transformers import SentenceTransformer
+    except ImportError:
+        raise ImportError(
+            f"'{folder}' is a model of sentence-transformers, which is not installed: pip install 'saelab[sentences]'; "
+            "or give the folder of its Hugging Face model, with `pooling`."
+        ) from None
+    return SentenceTransformer(str(folder), device=str(device))
 
 
 def _of_sentences(model: Any, max_tokens: int | None, batch_size: int | None) -> TextEncoder:

@@ -58,7 +58,7 @@ class Feature(Firings, Drawn):
     def __str__(self) -> str:
         n_negative = int((self.values < 0).sum())
         signs = f", {n_negative:,} of them negative" if n_negative else ""
-        return f"feature {self.feature}: {len(self):,} firings on {len(self.store):,} tokens{signs}"
+        return f"feature {self.feature}: {len(self):,} firings on {len(self.store):,} {self.store.counted}{signs}"
 
 
 class FeatureStore:
@@ -152,14 +152,18 @@ class FeatureStore:
         return next((str(place) for place in near if place.is_dir()), recorded)
 
     def __repr__(self) -> str:
-        rows = "documents" if self.of_documents else "tokens"
-        size = f"{self.n_tokens:,} {rows}, {self.d_sae:,} features, l0 {self.l0:.4g}"
+        size = f"{self.n_tokens:,} {self.counted}, {self.d_sae:,} features, l0 {self.l0:.4g}"
         return f"FeatureStore({size}, of {self.manifest.source})"
 
     @property
     def of_documents(self) -> bool:
         """Whether a row is a document, as in what is harvested from the result of `embed`, rather than a token."""
         return self.manifest.payload is not None
+
+    @property
+    def counted(self) -> str:
+        """What its rows are, as a word: tokens, or documents."""
+        return "documents" if self.of_documents else "tokens"
 
     @cached_property
     def text(self) -> StoredText:
