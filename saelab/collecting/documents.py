@@ -1,7 +1,7 @@
 """`Documents`: what `embed` makes rows of and shows with them, checked before any work and read a part at a time."""
 
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -36,6 +36,13 @@ class Documents:
     @classmethod
     def read(cls, documents: Any, images: Any, separator: str | None, field: str, n_rows: int | None) -> "Documents":
         """The documents, all of them checked.
+
+        Args:
+            documents: texts, or anything with a length, or None.
+            images: pixels or paths, or None.
+            separator: line that divides the documents of a text file.
+            field: name of the column or key that holds the text.
+            n_rows: number of vectors, where these are given.
 
         Raises:
             ValueError: none at all, blank or unreadable texts, and texts, images and rows of different numbers.
@@ -74,7 +81,7 @@ class Documents:
         if "texts" not in self.payload:
             raise TypeError("`documents` must be texts for an encoder of texts, got something else, or nothing.")
 
-    def chunks(self, start: int) -> Iterator["Chunk"]:
+    def chunks(self, start: int) -> Iterator["DocumentPart"]:
         """The documents from one on, some thousand at a time."""
         strings = None if self.open_texts is None else islice(self.open_texts(), start, None)
         for first in range(start, self.n, CHUNK):
@@ -84,11 +91,11 @@ class Documents:
                 raise ValueError("`documents` must stay as they are while they are read, got fewer the second time.")
             pixels = None if self.pixels is None else self.pixels[first : first + size]
             items = self.items[first : first + size] if self.items is not None else texts
-            yield Chunk(first, range(size) if items is None else items, texts, pixels)
+            yield DocumentPart(first, range(size) if items is None else items, texts, pixels)
 
 
 @dataclass(frozen=True, eq=False)
-class Chunk:
+class DocumentPart:
     """Some documents, one after the other."""
 
     start: int
@@ -118,7 +125,7 @@ def _sort_out(documents: Any, separator: str | None, field: str) -> tuple[Any, C
         if bad := [i for i, one in enumerate(documents) if not isinstance(one, str)]:
             raise TypeError(f"Documents must all be texts, got a {type(documents[bad[0]]).__name__} at item {bad[0]}.")
         return documents, lambda: iter(documents)
-    if isinstance(documents, list | tuple):
+    if isinstance(documents, list | tuple) and not any(isinstance(one, Mapping) for one in documents):
         return documents, None
     held = list(read_documents(documents, separator=separator, field=field))
     return held, lambda: iter(held)

@@ -3,12 +3,12 @@
 A folder is written as by `collect`: in shards, each atomically, and continued where an interrupted call stopped.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,8 +21,14 @@ from saelab.collecting.writers import ShardWriter, claim_folder
 from saelab.lm.hooks import require_finite
 from saelab.lm.masks import TokenMask
 from saelab.lm.model_checks import Model, sketch_weights
-from saelab.lm.models import find_version
-from saelab.lm.text_encoders import OWN, TextEncoder, is_pretrained, is_sentence_transformer, make_text_encoder
+from saelab.lm.text_encoders import (
+    OWN,
+    TextEncoder,
+    find_versions,
+    is_pretrained,
+    is_sentence_transformer,
+    make_text_encoder,
+)
 from saelab.lm.unwrapped import evaluating
 from saelab.stores.activations import Activations
 from saelab.stores.files import shareable
@@ -34,12 +40,10 @@ from saelab.stores.row_columns import MemoryRows
 SHARD_ROWS = 8192
 FUNCTION_BATCH = 256
 """Documents a function gets at a time."""
-Encoder: TypeAlias = Any
-"""a model of sentence-transformers, transformers or `load_model`, its folder, a function, or vectors (n, d)"""
 
 
 def embed(
-    encoder: Encoder,
+    encoder: Any,
     documents: Any = None,
     out: str | Path | None = None,
     *,
@@ -118,7 +122,7 @@ def embed(
             )
         )  # fmt: skip
         source.require_texts()
-    job = _Job(source, rows, normalize, dtype)
+    job = EmbeddingJob(source, rows, normalize, dtype)
     return job.in_memory(progress) if out is None else job.in_folder(Path(out), shard_rows, progress, resume)
 
 
@@ -150,7 +154,7 @@ class _Embedder:
     versions: dict[str, str]
     sketch: tuple[float, ...] | None = None
 
-    def read(self, documents: Sequence[Any], start: int) -> Tensor:
+    def read(self, documents: Any, start: int) -> Tensor:
         """The vectors of documents, the first of which is document `start`."""
         raise NotImplementedError
 
@@ -167,7 +171,7 @@ class _Encoded(_Embedder):
         self.mask, self.max_tokens, self.versions = encoder.mask, encoder.max_tokens, encoder.versions
         self.weight_processing, self.sketch = encoder.weight_processing, sketch_weights(encoder.model)
 
-    def read(self, documents: Sequence[Any], start: int) -> Tensor:
+    def read(self, documents: Any, start: int) -> Tensor:
         return self.encoder.encode(documents)
 
     def request(self) -> dict[str, Any]:
@@ -182,11 +186,11 @@ class _OwnVectors(_Embedder):
         self.place = "vectors" if isinstance(make, Tensor) else "output"
         named = make if hasattr(make, "__name__") else type(make)
         self.name = "vectors" if isinstance(make, Tensor) else str(getattr(named, "__name__", "function"))
-        self.versions = {name: find_version(name) for name in ("saelab", "torch")}
+        self.versions = find_versions(("saelab", "torch"))
         self.sketch = sketch_weights(make) if isinstance(make, nn.Module) else None
 
     @torch.no_grad()
-    def read(self, documents: Sequence[Any], start: int) -> Tensor:
+    def read(self, documents: Any, start: int) -> Tensor:
         n = len(documents)
         if isinstance(self.make, Tensor):
             return self.make[start : start + n].float().cpu()
@@ -221,7 +225,7 @@ class _OwnVectors(_Embedder):
 
 
 @dataclass(frozen=True, eq=False)
-class _Job:
+class EmbeddingJob:
     """Documents, what embeds them, and how rows are stored."""
 
     documents: Documents
@@ -245,7 +249,14 @@ class _Job:
         return Activations(MemoryRows(columns, shown, texts), self.embedder.place, self._origin(self.documents.n))
 
     def in_folder(self, folder: Path, shard_rows: int, progress: bool, resume: bool) -> Activations:
-        """All rows in a folder."""
+        """All rows in a folder.
+
+        Args:
+            folder: the folder.
+            shard_rows: rows per shard.
+            progress: whether to show a progress bar.
+            resume: continue what the folder holds; False starts over.
+        """
         place, shown = self.embedder.place, self.documents.payload
         request = self.embedder.request() | {"documents_sha256": self.documents.sha256, "payload": shown}
         request |= {"normalize": self.normalize, "dtype": dtype_name(self.dtype), "shard_tokens": shard_rows}

@@ -456,7 +456,7 @@ def describe_model(model: Model) -> ModelDescription:
     >>> sl.lm.describe_model(sl.lm.tiny_model()).weight_processing
     'none'
     """
-    versions = {name: find_version(name) for name in ("saelab", "torch", "transformer-lens", "transformers")}
+    versions = {name: _version(name) for name in ("saelab", "torch", "transformer-lens", "transformers")}
     name = str(model.cfg.model_name)
     if Path(name).parent == WORLD_MODELS:  # built-in models keep their name wherever the package is installed
         name = Path(name).name
@@ -493,8 +493,7 @@ def _official_names() -> dict[str, str]:
 
 
 @cache
-def find_version(package: str) -> str:
-    """The installed version of a package, or "not installed"."""
+def _version(package: str) -> str:
     try:
         return version(package)
     except PackageNotFoundError:

@@ -1,7 +1,9 @@
 """Text encoders: one vector for each document, by a model's own pooling or by pooling the vectors of its tokens."""
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal, TypeAlias, get_args
 
@@ -12,7 +14,7 @@ from torch import Tensor, nn
 from saelab.lm.hooks import FORWARD_TOKENS, capture, find_hook_point
 from saelab.lm.masks import TokenMask
 from saelab.lm.model_checks import Model, find_context, sketch_weights
-from saelab.lm.models import describe_model, find_version, hidden_bars, load_model
+from saelab.lm.models import describe_model, hidden_bars, load_model
 from saelab.lm.tokens import tokenize
 from saelab.lm.unwrapped import evaluating
 from saelab.stores.files import shareable
@@ -50,12 +52,21 @@ class TextEncoder:
     def versions(self) -> dict[str, str]:
         """Versions of the libraries that the vectors depend on."""
         names = ("saelab", "torch", "transformers", *(["sentence-transformers"] if self.pooling == OWN else []))
-        return {name: find_version(name) for name in names}
+        return find_versions(names)
 
     def request(self) -> dict[str, Any]:
         """What determines the vectors, as a dictionary for JSON."""
         told = {"model": self.name, "weights": list(sketch_weights(self.model) or ()), "place": self.place}
         return told | {"pooling": self.pooling, "mask": self.mask, "max_tokens": self.max_tokens}
+
+
+def find_versions(packages: Sequence[str]) -> dict[str, str]:
+    """The version of each package that is installed."""
+    found = {}
+    for name in packages:
+        with suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return found
 
 
 def pool(

@@ -163,7 +163,7 @@ class FeatureStore:
     @property
     def counted(self) -> str:
         """What its rows are, as a word: tokens, or documents."""
-        return "documents" if self.of_documents else "tokens"
+        return self.manifest.counted
 
     @cached_property
     def text(self) -> StoredText:

@@ -74,6 +74,11 @@ class Manifest(ABC):
         return sum(shard.n_tokens for shard in self.shards)
 
     @property
+    def counted(self) -> str:
+        """What its rows are, as a word: tokens, or documents."""
+        return "tokens" if self.payload is None else "documents"
+
+    @property
     def has_strings(self) -> bool:
         """Whether rows are documents with a text or a path each."""
         return not {"texts", "paths"}.isdisjoint(self.payload or ())
@@ -175,9 +180,10 @@ class Manifest(ABC):
         """The manifest of a folder that is to be read; ValueError as for `load`, and where the folder is unfinished."""
         manifest = cls.load(folder)
         if not manifest.complete:
+            verb = "embed" if cls.verb == "collect" and manifest.payload is not None else cls.verb
             raise ValueError(
-                f"{folder} must be complete to be read; `{cls.verb}` stopped after {manifest.n_tokens} tokens. "
-                f"Run the same `{cls.verb}` again, without resume=False: it goes on where it stopped."
+                f"{folder} must be complete to be read; `{verb}` stopped after {manifest.n_tokens} {manifest.counted}. "
+                f"Run the same `{verb}` again, without resume=False: it goes on where it stopped."
             )
         return manifest
 
