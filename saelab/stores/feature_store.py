@@ -158,7 +158,7 @@ class FeatureStore:
     @property
     def of_documents(self) -> bool:
         """Whether a row is a document, as in what is harvested from the result of `embed`, rather than a token."""
-        return self.manifest.payload is not None
+        return self.text.of_documents
 
     @property
     def counted(self) -> str:
@@ -168,7 +168,7 @@ class FeatureStore:
     @cached_property
     def text(self) -> StoredText:
         """All tokens of the corpus, those that the mask dropped included; of documents, their words."""
-        return StoredText.load(self.folder, self.of_documents)
+        return StoredText.load(self.folder, self.manifest.payload is not None)
 
     def draw_document(self, row: int) -> str:
         """The image of a document as a data URI, from its pixels or its file; empty where there is none to show."""

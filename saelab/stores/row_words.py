@@ -11,7 +11,7 @@ from jaxtyping import Integer
 from saelab.functional.indices import ROWS_AT_ONCE
 from saelab.stores.corpus import Places, StoredText
 
-WordPairs: TypeAlias = tuple[Integer[np.ndarray, "n"], Integer[np.ndarray, "n"]]
+WordPairs: TypeAlias = tuple[Integer[np.ndarray, "n_pairs"], Integer[np.ndarray, "n_pairs"]]
 """Rows in ascending order, and a token id of each."""
 
 

@@ -268,7 +268,7 @@ def test_the_command_line_from_text_to_report(bert_folder, tmp_path, monkeypatch
     embed = ["embed", str(bert_folder), "texts.txt", "--pooling", "mean", "--out", "acts", "--separator", ""]
     assert dispatch([*embed, *quiet]) == 0, capsys.readouterr().err
     said = capsys.readouterr().out
-    assert "400 documents" in said and "mean" in said
+    assert "documents    400 of float32" in said and "pooling: mean" in said
     train = ["train", "acts", "--d-sae", "32", "--k", "3", "--n-tokens", "4000", "--batch-size", "128", "--out", "sae"]
     for words in (train, ["harvest", "sae", "acts", "--out", "store"], ["report", "store", "--out", "report"]):
         assert dispatch([*words, *quiet]) == 0, capsys.readouterr().err
