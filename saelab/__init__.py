@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     )
     from saelab.analysis.text_features import read as read
     from saelab.collecting.collection import collect as collect, stream as stream
+    from saelab.collecting.embedding import embed as embed
     from saelab.collecting.harvesting import harvest as harvest
     from saelab.evaluation.evaluation import evaluate as evaluate
     from saelab.explorer.launch import explore as explore

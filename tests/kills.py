@@ -261,6 +261,10 @@ def _collected(out: str, size: str) -> list[str]:
             "--shard-tokens", size, "--out", out]  # fmt: skip
 
 
+def _embedded(out: str) -> list[str]:
+    return ["embed", "tiny", "text.txt", "--hook-point", HOOK, "--pooling", "mean", "--shard-rows", "8", "--out", out]
+
+
 def _harvested(sae: str, n: str, out: str) -> list[str]:
     return ["harvest", sae, "tiny", "text.txt", "--n-tokens", n, "--out", out]
 
@@ -278,6 +282,8 @@ MAKING: dict[str, tuple[list[str], tuple[str, ...]]] = {
     "store-0-short": (_harvested("sae-0", "150", "store-0-short"), ("sae-0",)),
     "report": (["report", "store-0", "--out", "report", "--features", "1,2", "--title", "old"], ("store-0",)),
     "eval.json": (SCORES, ("sae-0",)),
+    "docs": (_embedded("docs"), TEXT),
+    "sae-docs": (["train", "docs", *TRAIN, "--out", "sae-docs"], ("docs",)),
 }
 
 
@@ -348,6 +354,9 @@ def cases() -> list[Case]:
         Case("convert", ["convert", "sae-0", "out"], ("sae-0",), read=told_sae("out")),
         Case("collect", collect, (text,), read=told_acts("out")),
         Case("collect --overwrite", [*collect, "--overwrite"], (text, "acts-old:out"), read=told_acts("out")),
+        Case("embed", [*_embedded("out"), *quiet], (text,), read=told_acts("out")),
+        Case("harvest of documents", ["harvest", "sae-docs", "docs", "--out", "out", *quiet], ("sae-docs", "docs"),
+             read=told_store("out")),
         Case("train", [*train, "--resume"], ("acts",), read=told_sae("out")),
         Case("train, then --resume", train, ("acts",), again=[*train, "--resume"], read=told_sae("out")),
         Case("train --overwrite", [*train, "--overwrite"], ("acts", "sae-1:out"), read=told_sae("out")),

@@ -34,11 +34,22 @@ FLOORS = {
     "cli": 13,
     "__main__": 14,
 }
-DOORS = {"transformer_lens": "lm", "transformers": "lm", "plotly": "visualization"}
+DOORS = {"transformer_lens": "lm", "transformers": "lm", "sentence_transformers": "lm", "plotly": "visualization"}
 ON_DEMAND = {"saelab.sae.estimator"}
 """modules that nobody else imports: they may import what is heavy at once"""
 LAZY = "saelab._lazy"
-HEAVY = {"transformer_lens", "transformers", "datasets", "scipy", "sklearn", "plotly", "pandas", "pyarrow", "wandb"}
+HEAVY = {
+    "transformer_lens",
+    "transformers",
+    "sentence_transformers",
+    "datasets",
+    "scipy",
+    "sklearn",
+    "plotly",
+    "pandas",
+    "pyarrow",
+    "wandb",
+}
 
 
 def modules(package: Path) -> dict[str, ast.Module]:

@@ -12,7 +12,8 @@ import numpy as np
 
 from saelab.analysis.direct_logits import LogitLens, Promoted
 from saelab.analysis.feature_similarity import NearestFeatures
-from saelab.analysis.max_activating import ExampleChoice, FeatureExamples, as_halves, find_examples, top_words
+from saelab.analysis.max_activating import ExampleChoice, FeatureExamples, as_halves, find_examples
+from saelab.analysis.top_tokens import top_words
 from saelab.stores.feature_store import Feature, FeatureStore, Firings
 from saelab.stores.results import Result, format_table
 
@@ -78,7 +79,8 @@ class FeatureCard(Result):
 
     def __str__(self) -> str:
         lines = [f"feature {self.feature} {self.label}".rstrip()]
-        lines.append(f"fires on {self.n_firings:,} of {self.n_tokens:,} tokens ({self.density:.2e})")
+        on = f"{self.n_tokens:,} {self.examples.counted}"
+        lines.append(f"fires on {self.n_firings:,} of {on} ({self.density:.2e})")
         for side in self.sides:
             words = "  ".join(f"{word!r} {share:.0%}" for word, share in side.words)
             sizes = f"mean |z| {side.mean:.3g}, peak {side.peak:.3g}"
@@ -237,8 +239,11 @@ class FeatureTable(Result):
     sign; balance, the share of the less frequent sign among them, 0 to 0.5, NaN without firings; mean and peak |z| over
     firings; words, the three tokens with most firings"""
 
+    counted: str = "tokens"
+    """what `n_tokens` counts: tokens, or documents, whose words mark off those on which a feature fires"""
+
     def __str__(self) -> str:
-        lines = [f"{len(self.rows):,} of {self.d_sae:,} features on {self.n_tokens:,} tokens, by {self.sort}"]
+        lines = [f"{len(self.rows):,} of {self.d_sae:,} features on {self.n_tokens:,} {self.counted}, by {self.sort}"]
         table = [["feature", "density", "+", "-", "balance", "mean", "peak", "words"]]
         for row in self.rows:
             counts = f"{row['n_positive']:,}", f"{row['n_negative']:,}", f"{row['balance']:.2f}"
@@ -271,7 +276,7 @@ def list_features(
     keys = -columns[sort] if descending else columns[sort]
     order = np.argsort(keys, kind="stable")[:top].tolist()  # NaN sorts last either way
     rows = tuple({name: columns[name][j].item() for name in COLUMNS} | {"words": _words(store, j)} for j in order)
-    return FeatureTable(n_tokens=len(store), d_sae=store.d_sae, sort=sort, rows=rows)
+    return FeatureTable(n_tokens=len(store), d_sae=store.d_sae, sort=sort, rows=rows, counted=store.counted)
 
 
 def _measure(store: FeatureStore) -> dict[str, np.ndarray]:

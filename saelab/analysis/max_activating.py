@@ -7,6 +7,7 @@ from typing import SupportsIndex
 import numpy as np
 from jaxtyping import Bool, Float16, Float32, Int, Integer
 
+from saelab.analysis.top_tokens import find_centers
 from saelab.functional.indices import ROWS_AT_ONCE, ChosenRuns, RowMarker, draw_rows, read_feature
 from saelab.stores.corpus import group_words, strongest
 from saelab.stores.feature_store import Feature, FeatureStore, Firings
@@ -17,9 +18,8 @@ CANDIDATES = 8
 """Candidate windows drawn for each one shown; windows that repeat one already shown are skipped."""
 BEFORE, AFTER = 16, 8
 """Default numbers of tokens before and after the center of a window."""
-MANY_VALUES, DENSE_IDS = 2**14, 16
-"""Values of which so many are sorted by their bits, and token ids that are counted in a table of at most so many times
-their number."""
+MANY_VALUES = 2**14
+"""Values of which so many are sorted by their bits."""
 _Ranks = tuple[list[int], list[np.ndarray]]
 """Ids of tokens, and of each the ranks among its occurrences that are asked for."""
 MANY = 2048
@@ -28,10 +28,10 @@ MANY = 2048
 
 @dataclass(frozen=True, kw_only=True)
 class Example:
-    """A window of text with one feature's code at each word."""
+    """A window of text with one feature's code at each word; or a document, as one word, with its picture."""
 
     words: tuple[str, ...]
-    """decoded tokens, spaces included; tokens that share a character are one word"""
+    """decoded tokens, spaces included; tokens that share a character are one word, and so is a document"""
     values: tuple[float, ...]
     """codes, 0 where the feature does not fire or the mask left the token out; of several tokens the largest |z|"""
     center: int
@@ -39,6 +39,8 @@ class Example:
     token: int
     """the store's row of that word"""
     doc_id: int
+    image: str = ""
+    """picture of a document as a data URI; empty where it has none"""
 
     @property
     def value(self) -> float:
@@ -76,6 +78,8 @@ class FeatureExamples(Result):
     n_tokens: int
     """tokens among which firings were searched"""
     groups: tuple[ExampleGroup, ...]
+    counted: str = "tokens"
+    """what `n_tokens` counts: tokens, or documents"""
 
     def group(self, name: str, side: int = 1) -> ExampleGroup:
         """The group with a given name and side; KeyError where there is none."""
@@ -86,7 +90,7 @@ class FeatureExamples(Result):
         raise KeyError(f"There must be a group ({name!r}, {side}), got only {have}.")
 
     def __str__(self) -> str:
-        lines = [f"feature {self.feature} on {self.n_tokens:,} tokens"]
+        lines = [f"feature {self.feature} on {self.n_tokens:,} {self.counted}"]
         for group in self.groups:
             sign = {1: "+", -1: "-", 0: " "}[group.side]
             lines.append(f"{sign} {group.name}: {group.n_firings:,} firings, |z| {group.low:.3g} to {group.high:.3g}")
@@ -195,7 +199,7 @@ def _search(
             drawn = view.draw(CANDIDATES * choice.n_random, rng)
             groups.append(view.choose("random", 0, drawn, None, choice.n_random))
         kept = tuple(group for group in groups if group.examples)
-        return FeatureExamples(feature=column.feature, n_tokens=view.n_tokens, groups=kept)
+        return FeatureExamples(feature=column.feature, n_tokens=view.n_tokens, groups=kept, counted=store.counted)
 
     return _choose_ranks(view, groups, rng) if quiet else ([], []), finish
 
@@ -295,12 +299,31 @@ class _View:
             place = int(self.store.where[token : token + 1][0])
             start, stop = self.store.text.window(place, self.before, self.after)
             words = tuple(self.store.text.words(start, stop))
-            if words in seen or any(a <= place < b for a, b in spans):
+            image = self.store.draw_document(token)
+            if (*words, image) in seen or any(a <= place < b for a, b in spans):
                 continue
-            seen.add(words)
+            seen.add((*words, image))
             spans.append((start, stop))
             self.places[token] = place
-            yield self._example(token, place, start, stop, words)
+            if self.store.of_documents:
+                yield self._document(token, place, stop, words, image)
+            else:
+                yield self._example(token, place, start, stop, words)
+
+    def _document(self, token: int, place: int, stop: int, words: tuple[str, ...], image: str) -> Example:
+        """A document as one word; one that goes on ends with an ellipsis."""
+        text = self.store.text
+        cut = stop < len(text) and bool(text.goes_on(stop - 1, stop + 1)[0])
+        at = int(np.searchsorted(self.column.indices, token))
+        fires = at < len(self.column) and self.column.indices[at] == token
+        return Example(
+            words=("".join(words) + "\u2026" * cut,),
+            values=(float(self.column.values[at]) if fires else 0.0,),
+            center=0,
+            token=token,
+            doc_id=int(text.doc_ids[place]),
+            image=image,
+        )
 
     def _example(self, token: int, place: int, start: int, stop: int, words: tuple[str, ...]) -> Example:
         least = max(0, token - (place - start))  # rows are at least as near to each other as their places
@@ -326,7 +349,7 @@ class _View:
 def _choose_ranks(view: _View, groups: list[ExampleGroup], rng: "np.random.Generator") -> _Ranks:
     """The tokens at the centers of top windows, and which occurrences of each are near misses at most."""
     tops = [example.token for group in groups if group.name == "top" for example in group.examples]
-    ids = np.unique(view.store.text.token_ids[[view.places[row] for row in tops]]).tolist() if tops else []
+    ids = find_centers(view.store, np.unique(np.array(tops, np.int64)))
     counts = view.store.count_tokens(ids)
     ranks = (np.arange(n) if n <= MANY else rng.choice(n, MANY, replace=False) for n in counts)
     return ids, [own.astype(np.int32) for own in ranks]
@@ -335,6 +358,8 @@ def _choose_ranks(view: _View, groups: list[ExampleGroup], rng: "np.random.Gener
 def _near_misses(view: _View, found: list[np.ndarray], rng: "np.random.Generator") -> Integer[np.ndarray, "n"]:
     """Rows, in random order, whose token is at a top window's center but where the feature does not fire."""
     rows = np.concatenate([np.empty(0, np.int32), *found])
+    if view.store.of_documents:
+        rows = np.unique(rows)  # a document may hold several of the words
     fires = view.column.indices
     places = np.minimum(np.searchsorted(fires, rows), max(len(fires) - 1, 0))
     silent = fires[places] != rows if len(fires) else np.ones(len(rows), bool)
@@ -357,7 +382,8 @@ def _rows_of_tokens(store: FeatureStore, wanted: Sequence[_Ranks]) -> list[list[
     numbers[ids] = np.arange(len(ids))
     seen = np.zeros(len(ids), np.int64)
     for start in range(0, len(store), ROWS_AT_ONCE) if ids else ():
-        here = numbers.take(store.read_tokens(start, start + ROWS_AT_ONCE), mode="clip")
+        own_rows, tokens_here = store.words.read(start, start + ROWS_AT_ONCE)
+        here = numbers.take(tokens_here, mode="clip")
         hits = np.argsort(here, kind="stable")
         ends = np.cumsum(np.bincount(here, minlength=len(ids) + 1)[:-1])
         counts = np.diff(ends, prepend=0)
@@ -365,7 +391,7 @@ def _rows_of_tokens(store: FeatureStore, wanted: Sequence[_Ranks]) -> list[list[
         for k, ranks, rows in asked:
             low, high = int(seen[k]), int(seen[k] + counts[k])
             own = (ranks >= low) & (ranks < high)
-            rows[own] = hits[firsts[k] + ranks[own]] + start
+            rows[own] = own_rows[hits[firsts[k] + ranks[own]]] + start
         seen += counts
     return found
 
@@ -375,39 +401,6 @@ def _mark(example: Example) -> str:
     words = list(example.words)
     words[example.center] = f"[{words[example.center]}]"
     return "".join(words).replace("\n", " ")
-
-
-def top_words(store: FeatureStore, firings: Firings, n: int = 10) -> list[tuple[str, float]]:
-    """The tokens on which a feature fires most often, each with its share of the firings."""
-    if len(firings) == 0:
-        return []
-    return [(name_token(store, i), count / len(firings)) for i, count in rank_tokens(store, firings.indices, n)]
-
-
-def rank_tokens(store: FeatureStore, rows: Integer[np.ndarray, "n_rows"], n: int) -> list[tuple[int, int]]:
-    """The most frequent token ids of some rows, each with its count; of equally frequent ones the lowest comes first.
-
-    Args:
-        store: feature store with the text.
-        rows: rows of the store, in ascending order.
-        n: token ids to return.
-    """
-    ids, counts = count_ids(store.tokens_at(rows))
-    order = np.argsort(-counts, kind="stable")[:n]
-    return list(zip(ids[order].tolist(), counts[order].tolist(), strict=True))
-
-
-def count_ids(ids: Integer[np.ndarray, "n"]) -> tuple[Integer[np.ndarray, "m"], Int[np.ndarray, "m"]]:
-    """The distinct ids in ascending order and how often each occurs: `np.unique`, faster where there are many.
-
-    >>> [found.tolist() for found in count_ids(np.array([7, 5, 7]))]
-    [[5, 7], [1, 2]]
-    """
-    if int(ids.max(initial=0)) > DENSE_IDS * len(ids):
-        return np.unique(ids, return_counts=True)
-    counts = np.bincount(ids)
-    present = np.flatnonzero(counts)
-    return present, counts[present]
 
 
 def sort_by_size(values: Float32[np.ndarray, "n"]) -> Int[np.ndarray, "n"]:
@@ -430,36 +423,3 @@ def as_halves(values: Float32[np.ndarray, "n"]) -> Float16[np.ndarray, "n"] | No
     with np.errstate(over="ignore"):
         halves = values.astype(np.float16)
     return halves if np.array_equal(halves, values) else None
-
-
-def name_token(store: FeatureStore, token_id: int) -> str:
-    """The text of a token id in a store, such as " the"; `<7>` where it has none."""
-    return store.text.strings.get(token_id, f"<{token_id}>")
-
-
-def count_top_tokens(store: FeatureStore, start: int, stop: int, n: int = 10) -> Int[np.ndarray, "n_features n"]:
-    """Ids of the tokens on which each of the features `start:stop` fires most often, as `top_words` ranks them.
-
-    The store is read shard by shard; only the counts of these features' tokens are held.
-
-    Args:
-        store: feature store to read.
-        start: first feature.
-        stop: feature after the last.
-        n: tokens of each feature; -1 where there are fewer.
-    """
-    keys, counts = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)]
-    for offsets, ids in store.firing_tokens(start, stop):
-        own = np.repeat(np.arange(stop - start, dtype=np.int64), np.diff(offsets)) << 32 | ids
-        found = np.unique(own, return_counts=True)
-        keys.append(found[0])
-        counts.append(found[1])
-    pairs, places = np.unique(np.concatenate(keys), return_inverse=True)
-    n_fires = np.bincount(places, np.concatenate(counts), len(pairs)).astype(np.int64)
-    features = pairs >> 32
-    order = np.lexsort((-n_fires, features))  # stable: of equal counts the lowest id comes first
-    ranks = np.arange(len(order)) - np.searchsorted(features, features)  # rows of a feature stay together
-    tops = np.full((stop - start, n), -1)
-    kept = ranks < n
-    tops[features[kept], ranks[kept]] = (pairs & 0xFFFFFFFF)[order][kept]
-    return tops

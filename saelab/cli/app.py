@@ -11,6 +11,7 @@ import typer
 from saelab.cli.comparing import compare_folders
 from saelab.cli.converting import convert_sae
 from saelab.cli.demo import run_demo
+from saelab.cli.embedding import embed_texts
 from saelab.cli.exploring import explore_store
 from saelab.cli.exporting import export_features, upload_features
 from saelab.cli.features import harvest_text, show_dead, show_features, write_report
@@ -49,6 +50,7 @@ app = typer.Typer(
 UsageError: type[Exception] = find_base(typer.BadParameter, "UsageError")
 VERBS: dict[str, Callable[..., None]] = {
     "collect": collect_text,
+    "embed": embed_texts,
     "plan": plan_run,
     "train": train_sae,
     "evaluate": evaluate_sae,

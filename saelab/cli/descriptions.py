@@ -97,7 +97,7 @@ def describe_activations(path: Path) -> str:
     state = "" if manifest.complete else ", UNFINISHED: give the same command again to go on"
     rows = [
         ("hook points", ", ".join(f"{name} (d_in {d_in})" for name, d_in in manifest.d_in.items())),
-        ("tokens", f"{manifest.n_tokens:,} of {manifest.dtype}, shards: {len(manifest.shards)}{state}"),
+        (manifest.counted, f"{manifest.n_tokens:,} of {manifest.dtype}, shards: {len(manifest.shards)}{state}"),
     ]
     origin = {**manifest.provenance, "removed": manifest.removed}
     return _table(f"{path}: activations", rows + _origin_rows(origin, hook_point=False))
@@ -110,7 +110,7 @@ def describe_store(path: Path) -> str:
     l0 = manifest.n_entries / max(1, manifest.n_tokens)
     rows = [
         ("features", f"{manifest.d_sae:,} of {manifest.source}"),
-        ("tokens", f"{manifest.n_tokens:,}, shards: {len(manifest.shards)}{state}"),
+        (manifest.counted, f"{manifest.n_tokens:,}, shards: {len(manifest.shards)}{state}"),
         ("codes", f"{manifest.n_entries:,} of {manifest.dtype}, l0 {l0:.4g}"),
     ]
     origin = {**manifest.provenance, "removed": manifest.removed}
@@ -176,10 +176,12 @@ def _origin_rows(origin: dict[str, Any], hook_point: bool = True) -> TableRows:
         ("hook point", " to ".join(filter(None, (come.hook_point, come.hook_point_out)))),
     ]
     if come.n_tokens:  # of somebody else's SAE no more is known
+        parts = f"rows of {come.ctx_len}" if come.pooling is None else f"pooling: {come.pooling}"
+        counted = "tokens" if come.pooling is None else "documents"
         removed = ", ".join(f"{name} {n:,}" for name, n in come.removed.items() if n)
         rows += [
-            ("text", f"{come.text}, rows of {come.ctx_len}, sha256 {come.tokens_sha256[:12]}"),
-            ("activations", f"{come.n_tokens:,} tokens of {come.dtype}"),
+            ("text", f"{come.text}, {parts}, sha256 {come.tokens_sha256[:12]}"),
+            ("activations", f"{come.n_tokens:,} {counted} of {come.dtype}"),
             ("left out", removed or "nothing"),
             ("versions", ", ".join(f"{name} {version}" for name, version in come.versions.items())),
         ]

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Annotated, Any
 
-from typer import Option
+from typer import Argument, Option
 
 from saelab.cli import options
 from saelab.cli.sources import Source
@@ -17,8 +17,15 @@ DEAD = Source("saelab.analysis.density:dead_features")
 @options.documented_by(HARVEST, options.TOKENIZE, values="dtype")
 def harvest_text(
     sae: options.SAEName,
-    model: options.ModelName,
-    text: options.TextFile,
+    model: Annotated[
+        str,
+        Argument(metavar="MODEL", help="As of `collect`; or a folder of activations, which are encoded then."),
+    ],
+    text: Annotated[
+        Path | None,
+        Argument(metavar="TEXT", help="As of `collect`; none with a folder of activations.", show_default=False),
+    ] = None,
+    *,
     out: Annotated[Path, Option(metavar="FOLDER")],
     n_tokens: int | None = None,
     ctx_len: options.SAECtxLen = None,
@@ -32,7 +39,7 @@ def harvest_text(
     overwrite: Annotated[bool, Option("--overwrite", help="Delete the store in the folder and start over.")] = False,
     progress: options.Progress = True,
 ) -> None:
-    """Encode a text once into a feature store, which every analysis reads.
+    """Encode a text, or activations of `collect` or `embed`, once into a feature store, which every analysis reads.
 
     Reads the text from its start; hook point and mask are the SAE's. An interrupted run continues where it
     stopped when the same command is run again, and ends with the same bytes.
@@ -40,21 +47,35 @@ def harvest_text(
     Several processes share the work, into one folder: torchrun --nproc-per-node 4 -m saelab harvest ...
     """
     from saelab.cli.descriptions import describe_store
-    from saelab.cli.inputs import choose_device, open_pair, read_head
+    from saelab.cli.inputs import choose_device, is_collected, open_pair, read_head
     from saelab.collecting.harvesting import harvest
+    from saelab.lm.model_checks import Model
+    from saelab.sae.sae import SAE
+    from saelab.stores.activations import Activations
     from saelab.training.launch import launched
 
     if values not in ("float16", "float32"):
         raise ValueError(f"`--values` must be float16 or float32, got '{values}'.")
+    if is_collected(model) != (text is None):
+        raise ValueError(
+            f"MODEL must be a model, with a TEXT, or a folder of activations without, got '{model}' and {text}."
+        )
     with launched(None, choose_device(device)) as (ranks, place):
+        lm: Model | None = None
+        rows: Any = None
         with ranks.together():
-            coder, lm = open_pair(sae, model, str(place), progress and ranks.is_first)
+            if text is None:
+                coder = SAE.from_pretrained(sae, device=place)
+                rows = Activations.load(model, coder.provenance.hook_point if coder.provenance else None)
+            else:
+                coder, lm = open_pair(sae, model, str(place), progress and ranks.is_first)
+        if lm is not None and text is not None:
             length = ctx_len or (coder.provenance.ctx_len if coder.provenance else None) or options.CTX_LEN
-        tokens = read_head(lm, text, n_tokens, length, bos, separator, field, ranks.mesh)
+            rows = read_head(lm, text, n_tokens, length, bos, separator, field, ranks.mesh)
         harvest(
             coder,
             lm,
-            tokens,
+            rows,
             out,
             dtype=values,  # type: ignore[arg-type]
             batch_size=batch_size,

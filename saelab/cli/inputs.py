@@ -32,6 +32,7 @@ from saelab.steering.baselines import write_own
 from saelab.steering.target_concepts import TokenConcept, concept_from_words, synthetic_concept
 from saelab.stores.feature_store import FeatureStore
 from saelab.stores.manifest import Provenance
+from saelab.stores.validation import read_json, require_object
 from saelab.training.ranks import RankGrid
 
 TEXT_TOKENS = 50_000
@@ -68,8 +69,12 @@ def _leave_out(what: str, error: Exception, option: str) -> None:
 
 
 def open_model(store: FeatureStore, named: str | None, progress: bool, option: str = "--model") -> "Model | None":
-    """The model that is named, else the one that the store has; None, with a line on stderr, where that is gone."""
+    """The model that is named, else the one that the store has; None, with a line on stderr, where that is gone, and
+    without one where rows are documents, whose features promote no tokens.
+    """
     processing = store.provenance.weight_processing
+    if store.of_documents and named is None:
+        return None
     if named is not None:
         return load_model(named, weight_processing=processing, progress=progress)
     recorded = store.provenance.model
@@ -212,6 +217,12 @@ def _open_coder(name: str, device: torch.device) -> SAE | CLT:
     if place.is_dir() and is_cross_layer(SAEFiles.open(place)):
         return CLT.from_pretrained(place, device=device)
     return SAE.from_pretrained(name, device=device)
+
+
+def is_collected(path: str | Path) -> bool:
+    """Whether a folder holds activations, of `saelab collect` or `saelab embed`."""
+    manifest = Path(path) / "manifest.json"
+    return manifest.is_file() and require_object(read_json(manifest), f"{manifest}").get("kind") == "activations"
 
 
 def harvest_baseline(store: FeatureStore, out: Path, progress: bool, ranks: RankGrid) -> FeatureStore | None:

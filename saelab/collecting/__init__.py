@@ -11,6 +11,7 @@ if TYPE_CHECKING:
         collect as collect,
         stream as stream,
     )
+    from saelab.collecting.embedding import embed as embed
     from saelab.collecting.harvesting import (
         ValueDtype as ValueDtype,
         harvest as harvest,

@@ -12,13 +12,14 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from jaxtyping import Int64
+from jaxtyping import Int64, UInt8
 from torch import Tensor
 
 from saelab.collecting.reader import (
     ActivationReader,
     ActivationsSource,
     Batch,
+    DocumentsSource,
     HarvestSource,
     SameRowsSource,
     TextSource,
@@ -77,7 +78,7 @@ def harvest(
     Args:
         saes: the SAE, or several by name; then a dictionary of stores is returned.
         model: the language model. May be None for collected activations, where it only gives the strings of tokens.
-        tokens: rows of token ids, or activations collected before.
+        tokens: rows of token ids, or activations collected before, such as those of documents from `embed`.
         out: folder of the store.
         hook_point: where the SAE reads; None is where it was trained. Leave it out for collected activations.
         mask: tokens to encode; None is the mask the SAE was trained with. Leave it out for collected activations.
@@ -145,7 +146,9 @@ def _find_source(
         raise ValueError("`hook_point` and `mask` are those of the activations already; give them with tokens only.")
     for sae in saes.values():
         match_activations(sae, tokens, allow_mismatch)
-    return ActivationsSource(tokens, model, batch_size or FORWARD_TOKENS), dict.fromkeys(saes, tokens.hook_point)
+    size = batch_size or FORWARD_TOKENS
+    source = ActivationsSource(tokens, model, size) if tokens.payload is None else DocumentsSource(tokens, size)
+    return source, dict.fromkeys(saes, tokens.hook_point)
 
 
 def _read_text(
@@ -237,6 +240,7 @@ class _Job:
                 source=repr(sae),
                 request=request,
                 provenance=source.origin(hook_point, 0, {}).to_dict(),
+                payload=source.payload,
             )
         manifest = claim_together(folder, request, FeatureManifest, lambda: fresh, resume, ranks, stack)
         return cls(sae, hook_point, folder, manifest, dtype, shard_tokens)
@@ -252,12 +256,12 @@ class _Job:
 
     def buffer(self) -> "_CodesBuffer":
         """An empty buffer for a shard."""
-        return _CodesBuffer(self.sae.cfg.d_sae, self.dtype)
+        return _CodesBuffer(self.sae.cfg.d_sae, self.dtype, self.manifest.payload is not None)
 
     def encode(self, batch: Batch) -> "_Codes":
         """Sparse codes of a batch."""
         codes = self.sae.encode_sparse(batch.acts[self.hook_point].to(self.sae.device))
-        return _Codes(codes, batch.places)
+        return _Codes(codes, batch.places, batch.pixels)
 
     def finish(self, writer: ShardWriter, source: HarvestSource) -> Steps:
         """Write remaining rows, the text and the statistics."""
@@ -368,13 +372,14 @@ class _Codes:
 
     codes: SparseCodes
     places: Int64[Tensor, "n"]
+    pixels: UInt8[Tensor, "n height width channels"] | None = None
 
 
 class _CodesBuffer:
     """Codes of the next shard, in the shard's dtypes."""
 
-    def __init__(self, d_sae: int, dtype: str) -> None:
-        self._d_sae, self._dtype = d_sae, dtype
+    def __init__(self, d_sae: int, dtype: str, of_documents: bool = False) -> None:
+        self._d_sae, self._dtype, self._of_documents = d_sae, dtype, of_documents
         self._parts: list[dict[str, np.ndarray]] = []
 
     def add(self, reading: _Codes | TensorFile, start: int, stop: int) -> None:
@@ -388,7 +393,8 @@ class _CodesBuffer:
         values = round_values(codes.values[part].float().cpu().numpy(), self._dtype)
         places = reading.places[start:stop].numpy().astype(np.int32)
         counts = offsets.diff().numpy()
-        self._parts.append({"latents": latents, "values": values, "places": places, "counts": counts})
+        part_of = {"latents": latents, "values": values, "places": places, "counts": counts}
+        self._parts.append(part_of | ({} if reading.pixels is None else {"pixels": reading.pixels[start:stop].numpy()}))
 
     def take(self) -> dict[str, Tensor]:
         """Tensors of a shard of the rows added since the last call."""
@@ -396,9 +402,10 @@ class _CodesBuffer:
         whole = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
         offsets = np.concatenate([[0], np.cumsum(whole["counts"])]).astype(np.int32)
         packed = pack_codes(offsets, whole["latents"], whole["values"], self._d_sae)
-        return {name: torch.from_numpy(array) for name, array in packed.items()} | {
-            "places": torch.from_numpy(whole["places"])
-        }
+        if self._of_documents:
+            del packed["feature_values"]
+        packed |= {name: whole[name] for name in ("places", "pixels") if name in whole}
+        return {name: torch.from_numpy(array) for name, array in packed.items()}
 
 
 def _read_codes(shard: TensorFile, start: int, stop: int) -> dict[str, np.ndarray]:
@@ -406,6 +413,8 @@ def _read_codes(shard: TensorFile, start: int, stop: int) -> dict[str, np.ndarra
     offsets = read_rows(shard, "offsets", start, stop + 1).numpy()
     entries = int(offsets[0]), int(offsets[-1])
     codes = {name: read_rows(shard, name, *entries).numpy() for name in ("latents", "values")}
+    if "pixels" in shard.specs:
+        codes["pixels"] = read_rows(shard, "pixels", start, stop).numpy()
     return {**codes, "places": read_rows(shard, "places", start, stop).numpy(), "counts": np.diff(offsets)}
 
 

@@ -14,10 +14,11 @@ from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int64
+from jaxtyping import Float, Int64, UInt8
 from torch import Tensor
 
 from saelab.functional.autocast import autocast_dtype, computing_in
+from saelab.functional.indices import PART
 from saelab.lm.concurrent import Capture, make_captures, map_in_order
 from saelab.lm.hooks import capture, find_hook_point, find_median_norms, norms_of, require_finite
 from saelab.lm.masks import TokenMask
@@ -28,6 +29,7 @@ from saelab.lm.tokens import PADDING, Tokens
 from saelab.stores.activations import Activations
 from saelab.stores.corpus import StoredText
 from saelab.stores.manifest import Provenance, dtype_name
+from saelab.stores.payload import PayloadKinds, number_documents, split_words
 from saelab.training.ranks import RankGrid
 
 DEFAULT_MASK = TokenMask()
@@ -225,6 +227,8 @@ class Batch:
     """index of each row in the source's text"""
     removed: dict[str, int]
     """number of tokens left out, by rule"""
+    pixels: UInt8[Tensor, "n height width channels"] | None = None
+    """images of documents"""
 
 
 @runtime_checkable
@@ -233,6 +237,7 @@ class HarvestSource(Protocol):
 
     n_items: int
     size: int
+    payload: PayloadKinds | None
 
     def read_all(self, starts: Sequence[int]) -> Generator[Batch, None, None]:
         """Activations of the batches that start at some items, in order; close it where it is not read to its end."""
@@ -255,6 +260,8 @@ class HarvestSource(Protocol):
 
 class TextSource:
     """Rows of token ids, whose activations are read by forward passes of the model."""
+
+    payload: PayloadKinds | None = None
 
     def __init__(self, reader: ActivationReader, tokens: Tokens, n_seq: int) -> None:
         self.reader, self.tokens = reader, tokens
@@ -355,6 +362,8 @@ class ActivationsSource:
     mask removed are missing.
     """
 
+    payload: PayloadKinds | None = None
+
     def __init__(self, acts: Activations, model: Model | None, n_rows: int) -> None:
         if acts.provenance is None or acts.token_ids is None or acts.doc_ids is None or acts.positions is None:
             raise ValueError(
@@ -390,6 +399,35 @@ class ActivationsSource:
     def origin(self, hook_point: str, n_tokens: int, removed: dict[str, int]) -> Provenance:
         """Provenance of the activations."""
         return self._origin
+
+
+class DocumentsSource(ActivationsSource):
+    """Rows that are documents; the stored text is theirs, in words."""
+
+    def __init__(self, acts: Activations, n_rows: int) -> None:
+        if acts.provenance is None or acts.payload is None:
+            raise ValueError("Activations must know their origin to be harvested, got some without; take `embed`'s.")
+        self.acts, self.model, self._origin, self.payload = acts, None, acts.provenance, acts.payload
+        self.n_items, self.size = len(acts), n_rows
+
+    def read_all(self, starts: Sequence[int]) -> Generator[Batch, None, None]:
+        """The batches of documents that start at some rows."""
+        places = torch.from_numpy(np.flatnonzero(self._text.positions == 0))
+        for start in starts:
+            x, pixels = self.acts[start : start + self.size], self.acts.read_pixels(start, start + self.size)
+            yield Batch({self.acts.hook_point: x.float()}, places[start : start + len(x)], {}, pixels)
+
+    @cached_property
+    def _text(self) -> StoredText:
+        if self.acts.read_texts(0, 0) is None:
+            return number_documents(self.n_items)
+        starts = range(0, self.n_items, PART)
+        parts = (self.acts.read_texts(start, min(start + PART, self.n_items)) for start in starts)
+        return split_words(text for part in parts for text in part or ())
+
+    def text(self) -> StoredText:
+        """The words of the documents."""
+        return self._text
 
 
 def text_of(tokens: Tokens, model: Model | None) -> StoredText:

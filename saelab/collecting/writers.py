@@ -237,7 +237,7 @@ class ShardWriter:
         self._signals.__exit__(kind, *about)
         if kind is KeyboardInterrupt:
             raise KeyboardInterrupt(
-                f"Stopped. {self.manifest.n_tokens} tokens are saved in {self.folder}. "
+                f"Stopped. {self.manifest.n_tokens} {self.manifest.counted} are saved in {self.folder}. "
                 "Make the same call, without resume=False, to go on."
             ) from None
 

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from saelab.analysis.density import KINDS, find_kinds
 from saelab.analysis.feature_similarity import spread_evenly
-from saelab.analysis.max_activating import count_top_tokens, name_token, rank_tokens
+from saelab.analysis.top_tokens import count_top_tokens, name_token, rank_tokens
 from saelab.evaluation.results import ConceptScores
 from saelab.labels.annotations import Annotations
 from saelab.labels.label import MARKS, ShownLabel, join_texts, main_score

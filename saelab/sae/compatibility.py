@@ -139,6 +139,7 @@ def match_activations(sae: SAE, acts: Activations, allow_mismatch: bool) -> None
             _refuse(_differ([*_model_of(one, other), (f"hook point of '{name}'", one.hook_point, other.hook_point)]))
     elif trained and here and not allow_mismatch:
         hook_points = [("hook point", trained.hook_point, here.hook_point)]
+        hook_points.append(("pooling", trained.pooling or "none", here.pooling or "none"))
         _refuse(_differ([*_model_of(trained, here), *hook_points]))
 
 

@@ -19,7 +19,10 @@ if TYPE_CHECKING:
         Shard as Shard,
     )
     from saelab.stores.neighbors import DocumentRows as DocumentRows, NeighborBatches as NeighborBatches
+    from saelab.stores.payload import PayloadKinds as PayloadKinds
     from saelab.stores.results import Drawn as Drawn, Result as Result
+    from saelab.stores.row_columns import RowColumns as RowColumns
+    from saelab.stores.row_words import RowWords as RowWords
     from saelab.stores.shuffling import (
         RingBuffer as RingBuffer,
         RowSource as RowSource,

@@ -3,41 +3,28 @@
 `ActivationPairs` holds activations at two hook points for the same tokens, for training a transcoder.
 """
 
-from bisect import bisect_right
 from collections.abc import Mapping
-from itertools import accumulate
 from pathlib import Path
-from typing import Protocol, runtime_checkable
 
 import torch
-from jaxtyping import Float, Int, Int32
+from jaxtyping import Float, Int, Int32, UInt8
 from torch import Tensor
 
 from saelab.stores.hub import HubAccess, Upload, find_folder, push_store
 from saelab.stores.joined import PART_TOKENS, JoinedRows, JoinedSource
 from saelab.stores.manifest import INT_COLUMNS, ActivationsManifest, Provenance
 from saelab.stores.neighbors import NeighborBatches
+from saelab.stores.payload import PayloadKinds
+from saelab.stores.row_columns import FolderRows, MemoryRows, RowColumns
 from saelab.stores.shuffling import BUFFER_TOKENS, ShuffledBatches
-from saelab.stores.tensors import map_tensor
 from saelab.stores.validation import naming
-
-
-@runtime_checkable
-class _Rows(Protocol):
-    """Columns of equal length that can be copied in parts."""
-
-    n_tokens: int
-    columns: dict[str, tuple[torch.dtype, tuple[int, ...]]]
-
-    def copy_slice(self, column: str, start: int, out: Tensor) -> None: ...
-
-    def copy_rows(self, column: str, index: Tensor, out: Tensor) -> None: ...
 
 
 class Activations:
     """Activations at one hook point, one row per token, with the token id, document and position of each.
 
-    Row i is one token that the mask kept, in the order of the text. A folder is read through memory maps: opening one
+    Row i is one token that the mask kept, in the order of the text; or one document, with its text or image, in what
+    `embed` returns. A folder is read through memory maps: opening one
     is instant whatever its size, and only the rows that are indexed are held in memory.
 
     >>> acts = Activations.from_tensor(torch.arange(6.0).view(3, 2))
@@ -46,7 +33,7 @@ class Activations:
     """
 
     def __init__(
-        self, rows: _Rows, hook_point: str, provenance: Provenance | None, span: tuple[int, int] | None = None
+        self, rows: RowColumns, hook_point: str, provenance: Provenance | None, span: tuple[int, int] | None = None
     ) -> None:
         self._rows = rows
         self._span = span or (0, rows.n_tokens)
@@ -74,7 +61,7 @@ class Activations:
         with naming(Path(folder) / "manifest.json"):
             origin = Provenance.from_dict(manifest.provenance)
         provenance = origin.at(name, (manifest.median_norms or {}).get(name))
-        return cls(_FolderRows(Path(folder), manifest, verify), name, provenance)
+        return cls(FolderRows(Path(folder), manifest, verify), name, provenance)
 
     @classmethod
     def from_pretrained(
@@ -134,7 +121,7 @@ class Activations:
         Raises:
             ValueError: the activations are in no folder, or a file is not what was written.
         """
-        if not isinstance(self._rows, _FolderRows):
+        if not isinstance(self._rows, FolderRows):
             raise ValueError("Activations must be in a folder to be uploaded, got some in memory. `collect` into one.")
         self._rows.manifest.check_shards(self._rows.folder, verify=True)
         to = Upload(repo_id, path_in_repo, revision, commit_message, create_pr, private, token)
@@ -163,7 +150,7 @@ class Activations:
         if unknown := sorted(set(columns) - set(INT_COLUMNS)):
             raise ValueError(f"Columns must be among {INT_COLUMNS}, got {unknown[:5]}. Remove them.")
         hook_point = provenance.hook_point if provenance else ""
-        return cls(_MemoryRows({hook_point: x} | columns), hook_point, provenance)
+        return cls(MemoryRows({hook_point: x} | columns), hook_point, provenance)
 
     @classmethod
     def join(
@@ -222,7 +209,35 @@ class Activations:
 
     def __repr__(self) -> str:
         place = f" at {self.hook_point}" if self.hook_point else ""
-        return f"Activations({self.n_tokens} tokens, d_in {self.d_in}, {self.dtype}{place})"
+        rows = "tokens" if self.payload is None else "documents"
+        return f"Activations({self.n_tokens} {rows}, d_in {self.d_in}, {self.dtype}{place})"
+
+    @property
+    def payload(self) -> PayloadKinds | None:
+        """What each row has to show, where rows are documents: "texts", "paths" of images, "pixels" with their shape;
+        None where rows are tokens.
+        """
+        return self._rows.payload
+
+    @property
+    def texts(self) -> list[str] | None:
+        """Text of each document, or path of its image; None where there is none."""
+        return self.read_texts(0, len(self))
+
+    def read_texts(self, start: int, stop: int) -> list[str] | None:
+        """The texts or paths of the documents `start:stop`; None where there is none."""
+        if {"texts", "paths"}.isdisjoint(self.payload or ()):
+            return None
+        return self._rows.read_strings(self._span[0] + start, self._span[0] + min(stop, len(self)))
+
+    def read_pixels(self, start: int, stop: int) -> UInt8[Tensor, "n height width channels"] | None:
+        """The images of the documents `start:stop`; None where there is none."""
+        if "pixels" not in self._rows.columns:
+            return None
+        _, shape = self._rows.columns["pixels"]
+        out = torch.empty(max(0, min(stop, len(self)) - start), *shape, dtype=torch.uint8)
+        self._rows.copy_slice("pixels", self._span[0] + start, out)
+        return out
 
     @property
     def token_ids(self) -> Int32[Tensor, " n_tokens"] | None:
@@ -304,65 +319,6 @@ class Activations:
         out = torch.empty(len(self), dtype=torch.int32)
         self._rows.copy_slice(name, self._span[0], out)
         return out
-
-
-class _MemoryRows:
-    """Columns held as tensors."""
-
-    def __init__(self, tensors: dict[str, Tensor]) -> None:
-        self.tensors = tensors
-        self.n_tokens = len(next(iter(tensors.values())))
-        self.columns = {name: (t.dtype, tuple(t.shape[1:])) for name, t in tensors.items()}
-
-    def copy_slice(self, column: str, start: int, out: Tensor) -> None:
-        out.copy_(self.tensors[column][start : start + len(out)])
-
-    def copy_rows(self, column: str, index: Tensor, out: Tensor) -> None:
-        out.copy_(self.tensors[column][index.to(self.tensors[column].device)])
-
-
-class _FolderRows:
-    """Columns in safetensors shards; the one read last stays mapped, and no file descriptor is kept open."""
-
-    def __init__(self, folder: Path, manifest: ActivationsManifest, verify: bool) -> None:
-        self.folder, self.manifest = folder, manifest
-        self.files = manifest.check_shards(folder, verify)
-        self.starts = [0, *accumulate(shard.n_tokens for shard in manifest.shards)]
-        self.n_tokens = self.starts[-1]
-        self.columns: dict[str, tuple[torch.dtype, tuple[int, ...]]] = dict.fromkeys(INT_COLUMNS, (torch.int32, ()))
-        self.columns |= {name: (getattr(torch, manifest.dtype), (d_in,)) for name, d_in in manifest.d_in.items()}
-        self._mapped: tuple[int, str, Tensor] | None = None
-
-    def copy_slice(self, column: str, start: int, out: Tensor) -> None:
-        done = 0
-        while done < len(out):
-            shard = bisect_right(self.starts, start + done) - 1
-            first = start + done - self.starts[shard]
-            stop = min(first + len(out) - done, self.starts[shard + 1] - self.starts[shard])
-            self.files[shard].check(column, first, stop)
-            piece = self._map(shard, column)[first:stop]
-            if column in INT_COLUMNS and len(piece) and int(piece.min()) < 0:
-                raise ValueError(
-                    f"{self.files[shard].path} must hold {column} of at least 0, got {int(piece.min())}. It was edited "
-                    "or written wrongly: make it again."
-                )
-            out[done : done + len(piece)] = piece
-            done += len(piece)
-
-    def copy_rows(self, column: str, index: Tensor, out: Tensor) -> None:
-        shards = torch.bucketize(index, torch.tensor(self.starts), right=True) - 1
-        for shard in torch.unique(shards).tolist():
-            here = (shards == shard).nonzero().squeeze(1)
-            rows = index[here] - self.starts[shard]
-            self.files[shard].check_rows(column, rows.numpy())
-            out[here] = self._map(shard, column)[rows]
-
-    def _map(self, shard: int, column: str) -> Tensor:
-        mapped = self._mapped  # of several threads each sees a whole entry
-        if mapped is None or mapped[:2] != (shard, column):
-            file = self.files[shard]
-            mapped = self._mapped = (shard, column, map_tensor(file.path, file.specs[column]))
-        return mapped[2]
 
 
 def _checked(index: Tensor, n: int) -> Tensor:

@@ -28,6 +28,8 @@ BYTE = re.compile("<0x([0-9A-Fa-f]{2})>")
 """how a byte that is not a character by itself is written, as in SentencePiece"""
 TOKENS, STRINGS = "tokens.safetensors", "strings.json"
 COLUMNS = ("token_ids", "doc_ids", "positions")
+WHOLE = 8
+"""How many times as long a window is where it shows a document from its beginning."""
 LONGEST = 4
 """largest number of bytes of a character"""
 SAMPLE_TOKENS, SHORT, CHARACTERS = 2**16, 1.5, 4
@@ -166,6 +168,8 @@ class StoredText:
     """in the sequence, from 0"""
     strings: Mapping[int, str]
     """text of each token id, spaces included; parts of characters as bytes, <0xE4>; a missing id is shown as <id>"""
+    of_documents: bool = False
+    """whether a row is a document, so that a window is the document from its first token on"""
 
     def __len__(self) -> int:
         return len(self.token_ids)
@@ -177,9 +181,9 @@ class StoredText:
 
     def widen(self, n: int) -> int:
         """Number of tokens of a readable window: `n`, or four times as many where tokens are hardly longer than a
-        character.
+        character, and eight times as many of a document.
         """
-        return CHARACTERS * n if self._has_short_tokens else n
+        return WHOLE * n if self.of_documents else CHARACTERS * n if self._has_short_tokens else n
 
     @cached_property
     def _has_short_tokens(self) -> bool:
@@ -193,8 +197,10 @@ class StoredText:
         Args:
             place: the token.
             before: largest number of tokens before it; the window may begin earlier, never inside a character.
-            after: largest number of tokens after it.
+            after: largest number of tokens after it. Where rows are documents, both together are tokens after it.
         """
+        if self.of_documents:
+            before, after = 0, before + after
         start, stop = max(0, place - before), min(len(self), place + after + 1)
         joined = self._follows(start, stop)
         breaks = np.flatnonzero(~joined) + start + 1
@@ -244,6 +250,19 @@ class StoredText:
         joined: NDArray[np.bool_] = (docs[1:] == docs[:-1]) & ((positions[1:] == positions[:-1] + 1) | begins)
         return joined
 
+    @cached_property
+    def same_words(self) -> Int[np.ndarray, "n_ids"]:
+        """For each token id, the first id that spells the same word in any case and with any space; -1 for a token
+        without a letter or digit, or without a string.
+        """
+        found = np.full(int(self.token_ids.max()) + 1 if len(self) else 0, -1)
+        first: dict[str, int] = {}
+        for i, text in sorted(self.strings.items()):
+            if i < len(found):
+                word = text.strip().casefold()
+                found[i] = first.setdefault(word, i) if any(map(str.isalnum, word)) else -1
+        return found
+
     def save(self, folder: Path) -> dict[str, str]:
         """Write columns (in the smallest integers that fit) and strings, and return checksums by file name."""
         columns = {"token_ids": self.token_ids, "doc_ids": self.doc_ids, "positions": self.positions}
@@ -253,8 +272,12 @@ class StoredText:
         return {TOKENS: crc32, STRINGS: checksum(folder / STRINGS)}
 
     @classmethod
-    def load(cls, folder: Path) -> "StoredText":
+    def load(cls, folder: Path, of_documents: bool = False) -> "StoredText":
         """The text that `save` wrote, memory-mapped.
+
+        Args:
+            folder: the store's folder.
+            of_documents: whether a row is a document.
 
         Raises:
             FileNotFoundError: a file is missing.
@@ -277,7 +300,7 @@ class StoredText:
             raise ValueError(
                 f"{path} must hold documents in their order, got doc_ids that fall. Harvest again with resume=False."
             )
-        return cls(**columns, strings=_Strings(folder / STRINGS))
+        return cls(**columns, strings=_Strings(folder / STRINGS), of_documents=of_documents)
 
 
 class _Strings(Mapping[int, str]):

@@ -5,7 +5,6 @@ Statistics of every feature are computed when a store is written: firing counts,
 
 import hashlib
 from bisect import bisect_right
-from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass, replace
@@ -25,7 +24,9 @@ from saelab.stores.files import checksum, find_inside
 from saelab.stores.hub import HubAccess, Upload, find_folder, push_store
 from saelab.stores.manifest import FeatureManifest, Provenance
 from saelab.stores.packing import MapBudget, ShardArrays, as_csr
+from saelab.stores.payload import draw_file, draw_pixels
 from saelab.stores.results import Drawn
+from saelab.stores.row_words import RowWords
 from saelab.stores.tensors import TensorFile
 from saelab.stores.validation import naming
 
@@ -58,13 +59,13 @@ class Feature(Firings, Drawn):
     def __str__(self) -> str:
         n_negative = int((self.values < 0).sum())
         signs = f", {n_negative:,} of them negative" if n_negative else ""
-        return f"feature {self.feature}: {len(self):,} firings on {len(self.store):,} tokens{signs}"
+        return f"feature {self.feature}: {len(self):,} firings on {len(self.store):,} {self.store.counted}{signs}"
 
 
 class FeatureStore:
     """The sparse feature activations of a corpus on disk, written by `harvest` and read by token or by feature.
 
-    Row i is one token that the mask kept, in the order of the text. Opening is instant whatever the size: shards are
+    Row i is one token that the mask kept, in the order of the text, or one document. Opening is instant: shards are
     memory-mapped when they are read, and only the parts that are read are held. Each part is checked when it is first
     read: its checksum, and that its numbers are offsets, tokens, features and codes of this store.
     """
@@ -208,13 +209,39 @@ class FeatureStore:
         return next((str(place) for place in near if place.is_dir()), recorded)
 
     def __repr__(self) -> str:
-        size = f"{self.n_tokens:,} tokens, {self.d_sae:,} features, l0 {self.l0:.4g}"
+        size = f"{self.n_tokens:,} {self.counted}, {self.d_sae:,} features, l0 {self.l0:.4g}"
         return f"FeatureStore({size}, of {self.manifest.source})"
+
+    @property
+    def of_documents(self) -> bool:
+        """Whether a row is a document, as in what is harvested from the result of `embed`, rather than a token."""
+        return self.text.of_documents
+
+    @property
+    def counted(self) -> str:
+        """What its rows are, as a word: tokens, or documents."""
+        return self.manifest.counted
 
     @cached_property
     def text(self) -> StoredText:
-        """All tokens of the corpus, those that the mask dropped included."""
-        return StoredText.load(self.folder)
+        """All tokens of the corpus, those that the mask dropped included; of documents, their words."""
+        return StoredText.load(self.folder, self.manifest.payload is not None)
+
+    def draw_document(self, row: int) -> str:
+        """The image of a document as a data URI, from its pixels or its file; empty where there is none to show."""
+        payload = self.manifest.payload or {}
+        if "paths" in payload:
+            return draw_file("".join(self.text.words(*self.words.span(row, row + 1))))
+        if "pixels" not in payload:
+            return ""
+        shard = bisect_right(self._starts, row) - 1
+        first = row - self._starts[shard]
+        return draw_pixels(self._shards[shard].part("pixels", first, first + 1)[0])
+
+    @cached_property
+    def words(self) -> RowWords:
+        """The token of each row, or the different words of each document."""
+        return RowWords(self.text, self.where, len(self))
 
     @cached_property
     def statistics(self) -> FeatureStatistics:
@@ -298,16 +325,8 @@ class FeatureStore:
         return ids
 
     def count_tokens(self, ids: Iterable[int]) -> list[int]:
-        """Number of rows of each of the given token ids."""
-        return [self._token_counts[i] for i in ids]
-
-    @cached_property
-    def _token_counts(self) -> Counter[int]:
-        counts: Counter[int] = Counter()
-        for start in range(0, len(self), ROWS_AT_ONCE):
-            ids, n = np.unique(self.read_tokens(start, start + ROWS_AT_ONCE), return_counts=True)
-            counts.update(dict(zip(ids.tolist(), n.tolist(), strict=True)))
-        return counts
+        """Number of rows of each of the given token ids; of documents, of those that hold the word."""
+        return [self.words.counts[i] for i in ids]
 
     def split(self, train_frac: float = 0.5, seed: int = 0) -> Bool[np.ndarray, "n_tokens"]:
         """Boolean mask of the rows of training documents; every document is entirely on one side.
@@ -399,7 +418,8 @@ class FeatureStore:
     def firing_tokens(
         self, start: int, stop: int
     ) -> Iterator[tuple[Int[np.ndarray, "n_features_1"], Integer[np.ndarray, "nnz"]]]:
-        """Iterator over shards: the token ids on which features `start:stop` fire, and where those of each begin.
+        """Iterator over shards: the token ids on which features `start:stop` fire, and where those of each begin; of
+        documents the words of each.
 
         Args:
             start: first feature.
@@ -412,7 +432,7 @@ class FeatureStore:
         for first, end, arrays in zip(self._starts, self._starts[1:], self._shards, strict=False):
             offsets = arrays.part("feature_offsets", start, stop + 1).astype(np.int64)
             rows = arrays.part("feature_tokens", int(offsets[0]), int(offsets[-1]))
-            yield offsets - offsets[0], self.read_tokens(first, end)[rows]
+            yield self.words.of_firings(offsets - offsets[0], rows, first, end)
 
     def matrix(self, start: int = 0, stop: int | None = None) -> "csr_matrix":
         """The codes of tokens `start:stop`, by default all, as a scipy CSR matrix (n, d_sae) in float32."""
@@ -477,17 +497,19 @@ def _part(store: FeatureStore, shards: Sequence[int]) -> FeatureStore:
     part = FeatureStore(store.folder, manifest, [])
     part._shards = chosen
     spans, places, offset = list[slice](), [], 0
-    for own in (arrays["places"] for arrays in chosen):
+    for i, own in ((i, store._shards[i]["places"]) for i in shards):
         first, stop = int(own[0]), int(own[-1]) + 1
+        if store.of_documents:  # to the end of the last
+            stop = store.words.span(store._starts[i], store._starts[i + 1])[1]
         places.append(own - np.int32(first - offset))
         spans.append(slice(first, stop))
         offset += stop - first
-    columns = {
+    columns: dict[str, Any] = {
         name: np.concatenate([getattr(store.text, name)[span] for span in spans])
         for name in ("token_ids", "doc_ids", "positions")
     }
     orders = ((arrays["feature_offsets"], arrays["feature_values"]) for arrays in chosen)
-    part.__dict__["text"] = StoredText(**columns, strings=store.text.strings)
+    part.__dict__["text"] = replace(store.text, **columns)
     part.__dict__["places"] = np.concatenate(places)
     part.__dict__["statistics"] = measure(store.d_sae, orders)
     return part

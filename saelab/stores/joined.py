@@ -36,6 +36,11 @@ class _SourceRows(Protocol):
     @property
     def dtype(self) -> torch.dtype: ...
 
+    @property
+    def payload(self) -> dict[str, list[int]] | None: ...
+
+    def read_texts(self, start: int, stop: int) -> list[str] | None: ...
+
     def copy_slice(self, start: int, out: Tensor) -> None: ...
 
     def __getitem__(self, index: Tensor) -> Tensor: ...
@@ -80,12 +85,21 @@ class JoinedRows:
         first = next(iter(parts.values()))
         small = first.rows(0, 1)
         self.columns |= {name: (torch.int32, ()) for name in INT_COLUMNS if getattr(small, name) is not None}
+        shown = first.payload  # images are left to the sources
+        self.payload = None if shown is None else {kind: size for kind, size in shown.items() if kind != "pixels"}
         self._check_tokens()
 
     @property
     def sources(self) -> tuple[JoinedSource, ...]:
         """Name and width of each source, in the order of the columns."""
         return tuple(JoinedSource(name=name, d_in=part.d_in) for name, part in self.parts.items())
+
+    def read_strings(self, start: int, stop: int) -> list[str]:
+        """The texts of documents `start:stop` of the first source."""
+        name, part = next(iter(self.parts.items()))
+        if name not in self.index:
+            return part.read_texts(start, stop) or []
+        return [text for row in self.index[name][start:stop].tolist() for text in part.read_texts(row, row + 1) or ()]
 
     def copy_slice(self, column: str, start: int, out: Tensor) -> None:
         """Fill `out` with consecutive rows, the first of which is row `start`."""

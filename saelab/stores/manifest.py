@@ -24,6 +24,8 @@ SCHEMA_VERSION = 1
 MAX_SIZE = 2**48
 FLOATS = ("float32", "float16", "bfloat16", "float64")
 INT_COLUMNS = ("token_ids", "doc_ids", "positions")
+PAYLOADS, MAX_SIDE = {"texts": 0, "paths": 0, "pixels": 3}, 2**16
+"""What a document may have to show, with the number of axes of it; and the longest axis."""
 AnyManifest = TypeVar("AnyManifest", bound="Manifest")
 Layout: TypeAlias = tuple[str, tuple[int, ...]]
 """dtype and shape of a tensor"""
@@ -49,7 +51,7 @@ class Manifest(ABC):
     "Patterns of the files of such a folder, without the manifest."
     allowed_files: ClassVar[tuple[str, ...]] = ()
     "Patterns of other files that may be kept in it, such as labels."
-    later: ClassVar[tuple[str, ...]] = ()
+    later: ClassVar[tuple[str, ...]] = ("payload",)
     "Fields that folders of older versions lack."
 
     request: dict[str, Any]
@@ -64,15 +66,32 @@ class Manifest(ABC):
     removed: dict[str, int] = field(default_factory=dict)
     "Number of tokens removed by each rule of the mask before that sequence."
     complete: bool = False
+    payload: dict[str, list[int]] | None = None
+    "What each row has to show, where rows are documents: texts, paths, or pixels with their shape; None for tokens."
 
     @property
     def n_tokens(self) -> int:
         """Number of rows in all shards."""
         return sum(shard.n_tokens for shard in self.shards)
 
+    @property
+    def counted(self) -> str:
+        """What its rows are, as a word: tokens, or documents."""
+        return "tokens" if self.payload is None else "documents"
+
+    @property
+    def has_strings(self) -> bool:
+        """Whether rows are documents with a text or a path each."""
+        return not {"texts", "paths"}.isdisjoint(self.payload or ())
+
     @abstractmethod
     def counts(self) -> dict[str, Any]:
         """Derived values that are saved with the fields, and must agree with them when the manifest is read."""
+
+    def _expect_pixels(self, n_tokens: int) -> dict[str, Layout]:
+        """Dtype and shape of the images of a shard, where the payload has any."""
+        shape = (self.payload or {}).get("pixels")
+        return {} if shape is None else {"pixels": ("uint8", (n_tokens, *shape))}
 
     @abstractmethod
     def expect(self, n_tokens: int, specs: Mapping[str, TensorSpec]) -> dict[str, Layout]:
@@ -156,6 +175,9 @@ class Manifest(ABC):
         }
         if wrong := [name for name, size in sizes.items() if not 1 <= size <= MAX_SIZE]:
             raise ValueError(f"`{wrong[0]}` must be a size, at least 0 and below 2^48. Was it edited?")
+        for kind, shape in (self.payload or {}).items():
+            if kind not in PAYLOADS or len(shape) != PAYLOADS[kind] or not all(1 <= n <= MAX_SIDE for n in shape):
+                raise ValueError(f"`payload` must be among {list(PAYLOADS)}, got {kind[:40]!r}: {shape[:5]}.")
 
     def sizes(self) -> dict[str, int]:
         """Further numbers that must be at least 1, by name."""
@@ -166,9 +188,10 @@ class Manifest(ABC):
         """The manifest of a folder that is to be read; ValueError as for `load`, and where the folder is unfinished."""
         manifest = cls.load(folder)
         if not manifest.complete:
+            verb = "embed" if cls.verb == "collect" and manifest.payload is not None else cls.verb
             raise ValueError(
-                f"{folder} must be complete to be read; `{cls.verb}` stopped after {manifest.n_tokens} tokens. "
-                f"Run the same `{cls.verb}` again, without resume=False: it goes on where it stopped."
+                f"{folder} must be complete to be read; `{verb}` stopped after {manifest.n_tokens} {manifest.counted}. "
+                f"Run the same `{verb}` again, without resume=False: it goes on where it stopped."
             )
         return manifest
 
@@ -236,9 +259,14 @@ class ActivationsManifest(Manifest):
             raise ValueError(f"`dtype` must be one of {list(FLOATS)}, got {self.dtype[:40]!r}. Was it edited?")
 
     def expect(self, n_tokens: int, specs: Mapping[str, TensorSpec]) -> dict[str, Layout]:
-        """Dtype and shape of the activations of each hook point, and of the integer columns."""
+        """Dtype and shape of the activations of each hook point, and of the integer columns, or of the payload."""
         wanted: dict[str, Layout] = {name: (self.dtype, (n_tokens, d_in)) for name, d_in in self.d_in.items()}
-        return {**wanted, **dict.fromkeys(INT_COLUMNS, ("int32", (n_tokens,)))}
+        if self.payload is None:
+            return {**wanted, **dict.fromkeys(INT_COLUMNS, ("int32", (n_tokens,)))}
+        if self.has_strings:
+            n_bytes = specs["texts"].shape[:1] if "texts" in specs else (0,)
+            wanted |= {"texts": ("uint8", n_bytes), "text_ends": ("int64", (n_tokens,))}
+        return wanted | self._expect_pixels(n_tokens)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -290,7 +318,10 @@ class FeatureManifest(Manifest):
             "feature_offsets": ("int32", (self.d_sae + 1,)),
         }
         wanted |= {"latents": (latents, shape), "feature_tokens": (tokens, shape), "places": ("int32", (n_tokens,))}
-        return wanted | dict.fromkeys(("values", "feature_values"), (self.dtype, shape))
+        wanted["values"] = (self.dtype, shape)
+        if self.payload is None:
+            return wanted | {"feature_values": (self.dtype, shape)}
+        return wanted | self._expect_pixels(n_tokens)  # values by feature are looked up: a document has few codes
 
     def with_shard(self, shard: Shard, tensors: Mapping[str, Tensor]) -> "FeatureManifest":
         """A copy of the manifest with one more shard, whose codes are added to `n_entries`."""
@@ -360,19 +391,21 @@ class Provenance:
     "A few numbers computed from the language model's weights, which identify it whatever its name."
     autocast: str | None = None
     "Dtype of the language model's products under `torch.autocast`, where that was used."
+    pooling: str | None = None
+    "How the vectors of a document's tokens became its row, where rows are documents; None where they are tokens."
     sources: dict[str, dict[str, Any]] | None = None
     "Provenance of each source by name, where several are joined; the other fields are those of the first."
 
     def to_dict(self) -> dict[str, Any]:
-        """The fields as JSON values, without local paths; those of a second hook point, of autocast and of several
-        sources only where there are any.
+        """The fields as JSON values, without local paths; those of a second hook point, of autocast, pooling and
+        several sources only where there are any.
         """
         plain = asdict(self) | {"model": shareable(self.model), "text": shareable(self.text)}
         if self.hook_point_out is None:
             del plain["hook_point_out"], plain["median_norm_out"]
         if self.model_sketch is None:
             del plain["model_sketch"]
-        for name in ("autocast", "sources"):
+        for name in ("autocast", "pooling", "sources"):
             if plain[name] is None:
                 del plain[name]
         return plain

@@ -151,7 +151,7 @@ else:
 
 
 class ShardArrays(ArraysByName):
-    """The arrays of a shard by name, memory-mapped.
+    """The arrays of a shard by name, memory-mapped. Where values by feature are not stored they are looked up.
 
     Before a part is returned, its checksum and its numbers are checked: offsets rise from 0 to the number of codes,
     latents are below d_sae, tokens below the number of rows, and codes are finite and not 0. Code that multiplies or
@@ -172,11 +172,12 @@ class ShardArrays(ArraysByName):
         self._identity = file.identify()
         self._maps: dict[str, Array] = {}
         n_tokens = file.specs["places"].shape[0]
-        self._bounds = {"latents": d_sae, "feature_tokens": n_tokens, "places": 2**31}
+        self._bounds = {"latents": d_sae, "feature_tokens": n_tokens, "places": 2**31, "pixels": 256}
         self._n_entries = file.specs["latents"].shape[0]
 
     def __getitem__(self, name: str) -> Array:
-        return self.part(name, 0, self._file.specs[name].shape[0])
+        n = self._n_entries if name == "feature_values" else self._file.specs[name].shape[0]
+        return self.part(name, 0, n)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._file.specs)
@@ -186,6 +187,8 @@ class ShardArrays(ArraysByName):
 
     def part(self, name: str, start: int, stop: int) -> Array:
         """Entries `start:stop` of an array, checked when they are first read; ValueError for damage."""
+        if name == "feature_values" and name not in self._file.specs:
+            return self._look_up(start, stop)
         array = self._maps.get(name)
         if array is None:
             array = self._maps[name] = self._map(name)
@@ -200,6 +203,30 @@ class ShardArrays(ArraysByName):
         part = array[start:stop]
         self._budget.count(part.nbytes + len(new) * array.itemsize)
         return part
+
+    def _look_up(self, start: int, stop: int) -> Array:
+        """Entries `start:stop` of the values by feature, found among those by token where they are not stored.
+
+        Raises:
+            ValueError: the codes by token lack one.
+        """
+        rows, ends = self.part("feature_tokens", start, stop).astype(np.int64), self["feature_offsets"]
+        features = np.searchsorted(ends, np.arange(start, stop), "right") - 1
+        offsets, latents = self["offsets"], self["latents"]
+        low, high = offsets[rows].astype(np.int64), offsets[rows + 1].astype(np.int64)
+        last = np.maximum(high - 1, 0)
+        for _ in range(int((high - low).max(initial=0)).bit_length()):  # binary search, of all entries at once
+            middle = np.minimum((low + high) // 2, last)
+            below = (latents[middle] < features) & (low < high)
+            low, high = np.where(below, middle + 1, low), np.where(below, high, middle)
+        found = np.minimum(low, last)
+        if len(found) and not np.array_equal(latents[found], features):
+            raise ValueError(
+                f"{self._file.path} must hold the same codes by token and by feature, got others. It was edited or "
+                "written wrongly: harvest again."
+            )
+        values: Array = self["values"][found]
+        return values
 
     def _map(self, name: str) -> Array:
         """One array; ValueError where the file is no longer the one that was checked."""

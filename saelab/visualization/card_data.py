@@ -73,7 +73,8 @@ def describe_window(example: Example) -> list[Any]:
     """A window as a list: the store's row of its center, which text of those that follow is the center, and the texts,
     each followed by its code where the feature fires.
 
-    Tokens between firings are one text, so that joined texts are the window.
+    Tokens between firings are one text, so that joined texts are the window. The picture of a document that has one is
+    last, as {"image": data URI}.
 
     >>> words, values = ("the", " hot", " and", " the", " cold"), (0.0, 1.5, 0.0, 0.0, -2.25)
     >>> describe_window(Example(words=words, values=values, center=4, token=7, doc_id=0))
@@ -94,7 +95,7 @@ def describe_window(example: Example) -> list[Any]:
         if i == example.center:
             center = n_texts - 1
         joins = quiet
-    return [example.token, center, *parts]
+    return [example.token, center, *parts, *([{"image": example.image}] if example.image else [])]
 
 
 def shorten(x: float) -> float:

@@ -35,13 +35,18 @@ def draw_card(card: FeatureCard, labels: Sequence[Label] = ()) -> str:
 
 
 def draw_window(example: Example, scale: float) -> str:
-    """A window of text as HTML, each token an element colored by its code, with the value as its title."""
+    """A window of text as HTML, each token an element colored by its code, with the value as its title.
+
+    A document's picture is before its text.
+    """
     inside = [
         _token(word, value, scale, False) if value else _silent(word)
         for word, value in zip(example.words, example.values, strict=True)
     ]
     center = example.center
-    inside[center] = _token(example.words[center], example.values[center], scale, True)
+    inside[center] = _token(example.words[center], example.values[center], scale, len(inside) > 1)
+    if example.image:
+        inside.insert(0, f'<img src="{escape(example.image)}" alt="">')
     return f'<div class="win">{"".join(inside)}</div>'
 
 
@@ -86,13 +91,10 @@ def _silent(word: str) -> str:
 
 def _head(card: FeatureCard, labels: Sequence[Label]) -> str:
     label = escape(card.label) if card.label else '<span class="dim">no label</span>'
-    said = f"Never fired on {card.n_tokens:,} tokens: its rate is below {3 / card.n_tokens:.1e} (95 %)."
+    rows = f"{card.n_tokens:,} {card.examples.counted}"
+    said = f"Never fired on {rows}: its rate is below {3 / card.n_tokens:.1e} (95 %)."
     if card.sides:
-        said = (
-            f"Fires on {card.density:.3%} of {card.n_tokens:,} tokens: "
-            + "; ".join(map(_format_side, card.sides))
-            + "."
-        )
+        said = f"Fires on {card.density:.3%} of {rows}: " + "; ".join(map(_format_side, card.sides)) + "."
     given = "".join(_format_label(one, alone=len(labels) == 1) for one in labels)
     return f'<h2><span>{card.feature}</span> {label}</h2>{given}<p class="dim">{said}</p>'
 

@@ -120,9 +120,8 @@ def summarize(store: FeatureStore, found: DeadFeatures, evaluation: Evaluation |
         "SAE": shareable_words(store.manifest.source),
         "Model": f"{shareable(origin.model)} (weight processing: {origin.weight_processing})",
         "Hook point": origin.hook_point,
-        "Text": f"{shareable(origin.text)}, rows of {origin.ctx_len} tokens",
-        "Tokens": f"{len(store):,}, in {len(store.find_documents()):,} documents",
-        "L0": f"{store.l0:.2f} codes a token, {'of both signs' if store.signed else 'all positive'}",
+        **_describe_text(store),
+        "L0": f"{store.l0:.2f} codes a {store.counted[:-1]}, {'of both signs' if store.signed else 'all positive'}",
         "Trained on": _format_training(store.manifest.sae.get("training")),
     }
     parts = [
@@ -132,6 +131,16 @@ def summarize(store: FeatureStore, found: DeadFeatures, evaluation: Evaluation |
     if evaluation is not None:
         parts.append(section("Evaluation", *draw_evaluation(evaluation)))
     return "\n".join(parts)
+
+
+def _describe_text(store: FeatureStore) -> dict[str, str]:
+    origin = store.provenance
+    if store.of_documents:
+        return {"Text": shareable(origin.text), "Documents": f"{len(store):,}, pooling: {origin.pooling}"}
+    return {
+        "Text": f"{shareable(origin.text)}, rows of {origin.ctx_len} tokens",
+        "Tokens": f"{len(store):,}, in {len(store.find_documents()):,} documents",
+    }
 
 
 def _format_training(training: Mapping[str, Any] | None) -> str:

@@ -13,7 +13,7 @@ import pytest
 
 import saelab as sl
 from saelab.analysis.dashboard import list_features
-from saelab.analysis.max_activating import count_top_tokens, top_words
+from saelab.analysis.top_tokens import count_top_tokens, top_words
 from saelab.explorer import catalog
 from saelab.explorer.catalog import COLUMNS, N_SHOWN, N_TOKENS, FeatureCatalog
 from saelab.explorer.session import Explorer

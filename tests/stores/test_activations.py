@@ -141,7 +141,7 @@ def test_edited_manifest_is_refused(tmp_path, x, key, value, remove):
 
 def test_opening_reads_no_rows(tmp_path, x, monkeypatch):
     write_folder(tmp_path, x, 1)
-    monkeypatch.setattr("saelab.stores.activations.map_tensor", None)
+    monkeypatch.setattr("saelab.stores.row_columns.map_tensor", None)
     assert len(Activations.load(tmp_path)) == 103
 
 

@@ -7,6 +7,7 @@ import numpy as np
 from jaxtyping import Bool
 
 from saelab.analysis.max_activating import Example, FeatureExamples, draw_examples, max_activating_examples
+from saelab.analysis.top_tokens import find_centers
 from saelab.functional.indices import ChosenRuns, RowMarker
 from saelab.labels.label import BOTH
 from saelab.stores.feature_store import FeatureStore
@@ -165,7 +166,8 @@ def _find_quiet(store: FeatureStore, feature: int, sign: int, width: int) -> Row
     Random draws would rarely find any for a feature that fires often. Rows are at least as near to each other as their
     positions in the text.
     """
-    column, around = store.feature(feature), _halves(width)
+    column = store.feature(feature)
+    around = {"before": 0, "after": 0} if store.of_documents else _halves(width)
     hits = column.indices[(column.values != 0) if sign == BOTH else (column.values * sign > 0)]
 
     def marks(start: int, stop: int) -> np.ndarray:
@@ -179,9 +181,16 @@ def _find_quiet(store: FeatureStore, feature: int, sign: int, width: int) -> Row
 
 
 def _alike(store: FeatureStore, fires: Iterable[Example]) -> RowMarker:
-    """Rows of all tokens on which a feature fires in the given windows."""
-    ids = sorted({int(store.read_tokens(example.token, example.token + 1)[0]) for example in fires})
-    return lambda start, stop: np.isin(store.read_tokens(start, stop), ids)
+    """Rows of all tokens on which a feature fires in the given windows, or documents with a word that marks these."""
+    ids = find_centers(store, np.unique(np.array([example.token for example in fires], np.int64)))
+
+    def marks(start: int, stop: int) -> np.ndarray:
+        rows, tokens = store.words.read(start, stop)
+        found = np.zeros(stop - start, bool)
+        found[rows[np.isin(tokens, ids)]] = True
+        return found
+
+    return marks
 
 
 def _pick(found: FeatureExamples, sign: int, name: str) -> list[Example]:

@@ -14,7 +14,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Int, Int32, Integer
 
 from saelab.analysis.direct_logits import LogitLens
-from saelab.analysis.max_activating import count_ids
+from saelab.analysis.top_tokens import count_ids
 from saelab.functional.indices import number_rows
 from saelab.functional.statistics import adjust, dispersion, tail, window_auroc
 from saelab.labels.rules.predicate_sums import ListCounts, PackedBits, PredicateSums
@@ -232,7 +232,7 @@ class Verdict:
     """number of tokens on which the rule holds"""
     n_tokens: int
     auroc: float
-    """AUROC of the rule in windows around firings; 0.5 is chance"""
+    """AUROC of the rule in windows around firings, or on all rows where they are documents; 0.5 is chance"""
     spread: float
     """variance of the hits under the null, relative to independent tokens"""
 
@@ -273,6 +273,7 @@ class Judge:
     def __init__(self, split: SplitCounts, doc_ids: np.ndarray, seed: int) -> None:
         self.split, self.doc_ids, self.seed = split, doc_ids[split.rows], seed
         self._active = np.zeros(split.n_tokens, bool)
+        self._single = len(np.unique(self.doc_ids)) == split.n_tokens
         # blocks that are shifted together: documents, cut into pieces where there are few
         size = max(1, split.n_tokens // N_BLOCKS) if len(np.unique(self.doc_ids)) < N_BLOCKS else split.n_tokens
         _, documents = np.unique(self.doc_ids, return_inverse=True)
@@ -293,7 +294,9 @@ class Judge:
         rng = np.random.default_rng((self.seed, side))
         n, hits = self.split.n_tokens, int(np.count_nonzero(holds(fires)))
         auroc, spread = float("nan"), 1.0
-        if hits:
+        if self._single and 0 < len(fires) < n:  # a row is a document: all of them are the window
+            auroc = (1 + hits / len(fires) - (size - hits) / (n - len(fires))) / 2
+        elif hits:
             self._active[fires] = True
             auroc = window_auroc(holds, fires, self._active, self.doc_ids, rng)
             self._active[fires] = False

@@ -30,6 +30,10 @@ SHARES = {
     "suffix": 0.08, "prefix": 0.04, "stem": 0.06,
 }  # fmt: skip
 """share of each family among the predicates that are taken from the text"""
+WORD, PHRASE = "document word", "document phrase"
+DOCUMENT_SHARES = {WORD: 0.7, PHRASE: 0.1, "suffix": 0.06, "prefix": 0.04, "stem": 0.1}
+"""the same where rows are documents, in which a condition holds if it holds anywhere in the document"""
+LENGTHS = (8, 16, 32, 64, 128, 256)
 DISJOINT = ("token", "word", "word end", "bigram", "previous token", "next token")
 """Families of which at most one member holds on each token."""
 N_PREDICATES = 1000
@@ -44,6 +48,29 @@ def fixed(view: TokenView) -> Iterator[tuple[str, str, TokenMarks]]:
     yield from _sentences(view)
     yield from _positions(view)
     yield from _repetitions(view)
+
+
+def describe_documents(view: TokenView) -> Iterator[tuple[str, str, TokenMarks]]:
+    """Kind, name and tokens of each condition on a document that does not depend on the text."""
+    signs: dict[str, Callable[[str], bool]] = {
+        "a question mark": lambda s: "?" in s,
+        "an exclamation mark": lambda s: "!" in s,
+        "quotation marks": lambda s: any(c in s for c in ('"', *CURLY)),
+        "brackets": lambda s: any(c in s for c in OPENING + CLOSING),
+        "a comma": lambda s: "," in s,
+        "a new line": lambda s: "\n" in s,
+        "digits": lambda s: any(map(str.isdigit, s)),
+        "letters that are not ASCII": lambda s: any(map(str.isalnum, s)) and not s.isascii(),
+    }
+    yield from (("document", f"documents with {name}", view.mark(test)) for name, test in signs.items())
+    yield "case", "documents with words in capitals", view.mark_words(lambda w: len(w) > 1 and w.isupper())
+    named = view.mark_words(lambda w: w[:1].isupper() and w != "I") & ~view.starts_sentence
+    yield "case", "documents with a capitalized word inside a sentence", named
+    starts = np.flatnonzero(view.begins)
+    n_words = np.add.reduceat(view.starts_word, starts, dtype=np.int64)
+    lengths = np.repeat(n_words, np.diff(np.append(starts, len(view))))
+    yield from (("length", f"documents of fewer than {n} words", lengths < n) for n in LENGTHS)
+    yield from (("length", f"documents of {n} words or more", lengths >= n) for n in LENGTHS)
 
 
 def _shapes(view: TokenView) -> Iterator[tuple[str, str, TokenMarks]]:
@@ -167,6 +194,8 @@ def one_of_each(view: TokenView, kind: str, n: int) -> tuple[list[str], Int[np.n
     elif kind == "word end":
         split = view.ends_word & view.goes_on
         keys, spell = np.where(split, view.word_ids, -1), lambda i: f"the last token of the word {view.words[i]!r}"
+    elif kind == PHRASE:
+        keys, spell = _phrases(view)
     else:
         keys, spell = _bigrams(view)
     return _most_frequent(keys, spell, n)
@@ -176,6 +205,14 @@ def _bigrams(view: TokenView) -> tuple[np.ndarray, Callable[[int], str]]:
     previous, size = view.before(view.token_ids), len(view.strings)
     keys = np.where(previous < 0, -1, previous * size + view.token_ids)
     return keys, lambda key: f"the token {view.strings[key % size]!r} after {view.strings[key // size]!r}"
+
+
+def _phrases(view: TokenView) -> tuple[np.ndarray, Callable[[int], str]]:
+    """Keys of two words next to each other, at the second, and their text."""
+    ids, size = view.word_ids, len(view.words)
+    previous = view.before(ids)
+    keys = np.where((previous < 0) | (ids < 0) | view.goes_on, -1, previous * size + ids)
+    return keys, lambda key: f"the words {view.words[key // size] + ' ' + view.words[key % size]!r}"
 
 
 def _most_frequent(keys: np.ndarray, spell: Callable[[int], str], n: int) -> tuple[list[str], np.ndarray]:
@@ -195,7 +232,7 @@ def affixes(view: TokenView, kind: str, n: int) -> tuple[list[str], list[list[in
 
     Args:
         view: tokens of the text.
-        kind: "suffix", "prefix" or "stem".
+        kind: "suffix", "prefix" or "stem"; or "document word", each word in any case, also one alone.
         n: largest number of predicates.
     """
     uses = np.bincount(view.word_ids[view.ends_word], minlength=len(view.words))
@@ -205,8 +242,16 @@ def affixes(view: TokenView, kind: str, n: int) -> tuple[list[str], list[list[in
         for piece in pieces(word.lower(), kind):
             counts[piece] += int(uses[i])
             members[piece].add(i)
-    shared = [piece for piece, _ in counts.most_common() if len({view.words[i].lower() for i in members[piece]}) > 1]
-    spell = {"suffix": "words ending in {!r}", "prefix": "words beginning with {!r}", "stem": "words of the stem {!r}"}
+    alone = kind == WORD
+    shared = [
+        piece for piece, _ in counts.most_common() if alone or len({view.words[i].lower() for i in members[piece]}) > 1
+    ]
+    spell = {
+        WORD: "the word {!r}",
+        "suffix": "words ending in {!r}",
+        "prefix": "words beginning with {!r}",
+        "stem": "words of the stem {!r}",
+    }
     return [spell[kind].format(piece) for piece in shared[:n]], [sorted(members[piece]) for piece in shared[:n]]
 
 
@@ -216,6 +261,8 @@ def pieces(word: str, kind: str) -> list[str]:
     >>> pieces("jumping", "suffix"), pieces("jumping", "stem")
     (['ng', 'ing', 'ping'], ['jump'])
     """
+    if kind == WORD:
+        return [word]
     if not word.isalpha():
         return []
     if kind == "suffix":
@@ -309,6 +356,9 @@ def make_predicates(
     and next tokens, suffixes, prefixes and stems of the text. A predicate on words holds on all tokens of a word; "word
     end" holds on the last token of words of several tokens, where the word is complete.
 
+    Where rows are documents, a condition holds of a document if it holds anywhere in it; the families are words, two
+    words next to each other, affixes and stems, and some twenty conditions are on signs and length.
+
     Predicates that hold on no token or on all, or have the name of another, are left out: `left_out` has the reasons,
     and a warning names those that the caller gave.
 
@@ -316,7 +366,8 @@ def make_predicates(
         store: feature store whose text is described.
         size: approximate number of predicates.
         sizes: number of predicates of single families: "token", "word", "word end", "bigram", "previous token", "next
-            token", "suffix", "prefix", "stem".
+            token", "suffix", "prefix", "stem"; of documents "document word", "document phrase", "suffix", "prefix",
+            "stem".
         metadata: a value for each document id; each different value becomes a predicate.
         concepts: labels of the tokens of the store, as `TokenLabels.of` reads them; each becomes a predicate.
         own: the caller's own conditions.
@@ -324,15 +375,16 @@ def make_predicates(
     Raises:
         ValueError: a family does not exist, or an array has another length than the store.
     """
-    wanted = {kind: round(share * max(0, size - N_FIXED)) for kind, share in SHARES.items()} | dict(sizes or {})
-    if unknown := set(wanted) - set(SHARES):
-        raise ValueError(f"`sizes` must name families among {list(SHARES)}, got {sorted(unknown)}.")
+    shares = DOCUMENT_SHARES if store.of_documents else SHARES
+    wanted = {kind: round(share * max(0, size - N_FIXED)) for kind, share in shares.items()} | dict(sizes or {})
+    if unknown := set(wanted) - set(shares):
+        raise ValueError(f"`sizes` must name families among {list(shares)}, got {sorted(unknown)}.")
     view = TokenView(store.text)
     parts = _Parts(store)
-    for kind, name, marks in fixed(view):
+    for kind, name, marks in describe_documents(view) if store.of_documents else fixed(view):
         parts.add(kind, name, marks)
     for kind, n in wanted.items():
-        if kind in DISJOINT:
+        if kind in DISJOINT or kind == PHRASE:
             parts.add_family(kind, *one_of_each(view, kind, n))
         else:
             parts.add_words(kind, *affixes(view, kind, n), view)
@@ -367,9 +419,12 @@ class _Parts:
     """Columns collected for the rows of a store."""
 
     def __init__(self, store: FeatureStore) -> None:
-        self.places, self.n_tokens = store.places, len(store)
+        self.places, self.n_tokens, self.whole = store.places, len(store), store.of_documents
         self.row_of = np.full(len(store.text), -1, np.int32)
         self.row_of[self.places] = np.arange(self.n_tokens, dtype=np.int32)
+        if self.whole:  # what holds of a token holds of its document
+            self.row_of = np.maximum.accumulate(self.row_of)
+            self.places = np.arange(len(store.text))
         self.rows: list[np.ndarray] = []
         self.columns: list[np.ndarray] = []
         self.counts: list[np.ndarray] = []
@@ -386,8 +441,8 @@ class _Parts:
     def add_family(self, kind: str, names: Sequence[str], numbers: np.ndarray) -> None:
         """Add conditions of which at most one holds on each token, given as its number, or -1."""
         here = numbers[self.places]
-        rows = np.flatnonzero(here >= 0)
-        self._append(kind, names, rows.astype(np.int32), here[rows].astype(np.int32))
+        at = np.flatnonzero(here >= 0)
+        self._append(kind, names, self.row_of[self.places[at]], here[at].astype(np.int32))
 
     def add_words(self, kind: str, names: Sequence[str], members: Sequence[Sequence[int]], view: TokenView) -> None:
         """Add conditions that hold on all tokens of some words, given by their indices in the words of the text."""
@@ -397,7 +452,7 @@ class _Parts:
         starts, here = np.cumsum(uses) - uses, view.word_ids[self.places]
         n = uses[here]
         entries = np.arange(n.sum()) + np.repeat(starts[here] - (np.cumsum(n) - n), n)
-        rows = np.repeat(np.arange(self.n_tokens, dtype=np.int32), n)
+        rows = np.repeat(self.row_of[self.places], n)
         self._append(kind, names, rows, columns[np.argsort(words, kind="stable")][entries].astype(np.int32))
 
     def add_labels(self, kind: str, labels: TokenLabels) -> None:
@@ -408,6 +463,9 @@ class _Parts:
         self._append(kind, labels.names, rows.astype(np.int32), columns.astype(np.int32))
 
     def _append(self, kind: str, names: Sequence[str], rows: np.ndarray, columns: np.ndarray) -> None:
+        if self.whole:  # a document may have it several times
+            keys = np.unique(columns.astype(np.int64) << 32 | rows)
+            rows, columns = (keys & 0xFFFFFFFF).astype(np.int32), (keys >> 32).astype(np.int32)
         self.rows.append(rows)
         self.columns.append(columns)
         self.counts.append(np.bincount(columns, minlength=len(names)))

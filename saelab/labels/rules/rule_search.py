@@ -32,6 +32,7 @@ from saelab.labels.rules.contingency import (
 )
 from saelab.labels.rules.predicates import DISJOINT, Predicates, make_predicates
 from saelab.labels.rules.rule_labels import NO_RULE, RuleLabel, RuleLabels, name_output, name_rule, same_word
+from saelab.labels.rules.side_words import add_side_words
 from saelab.stores.feature_store import FeatureStore
 from saelab.training.ranks import RankGrid, Steps, run_together
 
@@ -307,7 +308,7 @@ def label_by_rules(
     if untrained is not None:
         floor = _floor_of(label_by_rules(untrained, predicates, features=features, mesh=mesh, **settings))
     is_train = store.split(train_frac, seed)
-    predicates = add_side_tokens(store, predicates, is_train, ranks)
+    predicates = (add_side_words if store.of_documents else add_side_tokens)(store, predicates, is_train, ranks)
     with ranks.together():
         work = _Work(store, predicates, is_train, lens, min_count, seed)
     drafts: list[_Draft] = []
@@ -467,9 +468,8 @@ class _Work:
         level = draft.rule.level if draft.rule is not None else 0
         text, kind, parts, joined = self._describe(draft) if is_rule else _describe_output(draft)
         verdict = best[0]
-        scores = {
-            name: float(getattr(verdict, name)) for name in ("f1", "f1_chance", "precision", "recall", "auroc", "lift")
-        }
+        names = ("f1", "f1_chance", "precision", "recall", "auroc", "lift")
+        scores = {name: float(getattr(verdict, name)) for name in names}
         return RuleLabel(
             feature=draft.feature,
             sign=draft.sign,

@@ -116,7 +116,7 @@ function Item({ window, scale, feature, source }) {
   );
   const at = parts.find(part => part.at)?.z ?? 0;
   return html`<li><span>${at ? signed3(at) : "0"}${!done && html`<${Button} text="\u2194" title="Show more of the text" act=${widen} />`}</span>
-    <div class="win">${parts.map(part => html`<${Token} ...${part} scale=${scale} />`)}<${Failure} error=${failed} /></div></li>`;
+    <div class="win">${imageOf(window) && html`<img src=${imageOf(window)} alt="" />`}${parts.map(part => html`<${Token} ...${part} scale=${scale} />`)}<${Failure} error=${failed} /></div></li>`;
 }
 
 function Button({ text, title, act }) {
@@ -125,14 +125,19 @@ function Button({ text, title, act }) {
   return html`<button type="button" class="wider" aria-label=${title} disabled=${busy} onClick=${press}>${text}</button>`;
 }
 
-// Texts of a window with their codes; those that follow a text are its code.
+// Texts of a window with their codes: a number that follows a text is its code.
 function readParts([, center, ...flat]) {
   const parts = [];
   for (const part of flat) {
     if (typeof part === "string") parts.push({ text: part, z: 0, at: parts.length === center });
-    else parts[parts.length - 1].z = part;
+    else if (typeof part === "number") parts[parts.length - 1].z = part;
   }
   return parts;
+}
+
+// The picture of a window's document, as a data URI.
+function imageOf(window) {
+  return window.find(part => part?.image)?.image;
 }
 
 function textOf(window) {
