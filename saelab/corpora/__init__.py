@@ -1,0 +1,32 @@
+"""Documents as rows: what differs between corpora, what goes together, topics, and search by features."""
+
+from typing import TYPE_CHECKING
+
+from saelab._lazy import attach
+
+if TYPE_CHECKING:
+    from saelab.corpora.corpus_diffing import (
+        CorpusDiff as CorpusDiff,
+        FeatureDifference as FeatureDifference,
+        diff_corpora as diff_corpora,
+    )
+    from saelab.corpora.document_features import (
+        DocumentFeatures as DocumentFeatures,
+        Pooling as Pooling,
+        pool_documents as pool_documents,
+    )
+    from saelab.corpora.document_structure import (
+        FeatureCluster as FeatureCluster,
+        FeatureClusters as FeatureClusters,
+        PropertyCorrelation as PropertyCorrelation,
+        PropertyCorrelations as PropertyCorrelations,
+        cluster_features as cluster_features,
+        correlate_property as correlate_property,
+    )
+    from saelab.corpora.hypotheses import (
+        Hypotheses as Hypotheses,
+        Hypothesis as Hypothesis,
+        propose_hypotheses as propose_hypotheses,
+    )
+
+__getattr__, __dir__, __all__ = attach(__name__)
