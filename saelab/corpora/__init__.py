@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 from saelab._lazy import attach
 
 if TYPE_CHECKING:
+    from saelab.corpora.code_index import CodeIndex as CodeIndex, StoredValues as StoredValues
     from saelab.corpora.corpus_diffing import (
         CorpusDiff as CorpusDiff,
         FeatureDifference as FeatureDifference,
@@ -14,6 +15,11 @@ if TYPE_CHECKING:
         DocumentFeatures as DocumentFeatures,
         Pooling as Pooling,
         pool_documents as pool_documents,
+    )
+    from saelab.corpora.document_search import (
+        DocumentRanking as DocumentRanking,
+        FoundDocument as FoundDocument,
+        rank_documents as rank_documents,
     )
     from saelab.corpora.document_structure import (
         FeatureCluster as FeatureCluster,

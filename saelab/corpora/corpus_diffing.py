@@ -11,8 +11,6 @@ from saelab.functional.two_samples import Effect, cliffs_delta, log_odds_ratio, 
 from saelab.stores.feature_names import FeatureNames, name_sides, require_names
 from saelab.stores.results import Result, format_table
 
-MIN_DOCUMENTS = 5
-N_NULL = 20
 SHOWN = 15
 
 
@@ -100,8 +98,8 @@ def diff_corpora(
     *,
     labels: FeatureNames | None = None,
     fdr: float = 0.05,
-    min_documents: int = MIN_DOCUMENTS,
-    n_null: int = N_NULL,
+    min_documents: int = 5,
+    n_null: int = 20,
     seed: int = 0,
 ) -> CorpusDiff:
     """The features that differ between two corpora, by a rank-sum test over documents (arXiv:2512.10092).

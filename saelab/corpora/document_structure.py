@@ -6,7 +6,6 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Float, Int, Shaped
 
-from saelab.corpora.corpus_diffing import MIN_DOCUMENTS
 from saelab.corpora.document_features import Documents, as_documents
 from saelab.functional.statistics import adjust
 from saelab.functional.two_samples import Effect, Z, permutation_p
@@ -72,7 +71,7 @@ def cluster_features(
     n_clusters: int = 10,
     *,
     labels: FeatureNames | None = None,
-    min_documents: int = MIN_DOCUMENTS,
+    min_documents: int = 5,
     seed: int = 0,
 ) -> FeatureClusters:
     """Clusters of sides of features that fire in the same documents: spectral clustering of phi, negative as 0.
@@ -190,7 +189,7 @@ def correlate_property(
     *,
     labels: FeatureNames | None = None,
     fdr: float = 0.05,
-    min_documents: int = MIN_DOCUMENTS,
+    min_documents: int = 5,
 ) -> PropertyCorrelations:
     """The features that go with a property of documents, such as a date, a rating or a length, by rank correlation.
 

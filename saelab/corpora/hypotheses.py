@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Float
 
-from saelab.corpora.corpus_diffing import MIN_DOCUMENTS, FeatureDifference, diff_corpora
+from saelab.corpora.corpus_diffing import FeatureDifference, diff_corpora
 from saelab.corpora.document_features import DocumentFeatures, Documents, SideId, as_documents, require_same_dictionary
 from saelab.functional.statistics import adjust, auroc, correlation
 from saelab.functional.two_samples import Effect, cliffs_delta, permutation_p
@@ -82,7 +82,7 @@ def propose_hypotheses(
     names: tuple[str, str] = ("a", "b"),
     train_frac: float = 0.5,
     fdr: float = 0.05,
-    min_documents: int = MIN_DOCUMENTS,
+    min_documents: int = 5,
     seed: int = 0,
 ) -> Hypotheses:
     """What tells two corpora apart, in the words of features' labels, scored on documents that nothing was chosen on.
