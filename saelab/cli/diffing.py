@@ -82,7 +82,7 @@ def find_documents(
     features: Annotated[
         str | None,
         Option(
-            help="Features instead of words, each with its weight if it is not 1: 12,7:0.5,-3 (the negative side of 3), "
+            help="Features instead of words, each with its weight if not 1: 12,7:0.5,-3 (the negative side of 3), "
             "9:-1 (documents without 9).",
             metavar="LIST",
             show_default="by words",

@@ -6,6 +6,14 @@ from saelab._lazy import attach
 
 if TYPE_CHECKING:
     from saelab.corpora.code_index import CodeIndex as CodeIndex, StoredValues as StoredValues
+    from saelab.corpora.conceptual_space import (
+        ConceptBank as ConceptBank,
+        ConceptualSpace as ConceptualSpace,
+        RepresentativePoints as RepresentativePoints,
+        conceptualize as conceptualize,
+        neighbors_kept as neighbors_kept,
+        representative_points as representative_points,
+    )
     from saelab.corpora.corpus_diffing import (
         CorpusDiff as CorpusDiff,
         FeatureDifference as FeatureDifference,
@@ -33,6 +41,13 @@ if TYPE_CHECKING:
         Hypotheses as Hypotheses,
         Hypothesis as Hypothesis,
         propose_hypotheses as propose_hypotheses,
+    )
+    from saelab.corpora.topics import (
+        TopicMethod as TopicMethod,
+        Topics as Topics,
+        TopicScores as TopicScores,
+        find_topics as find_topics,
+        score_topics as score_topics,
     )
 
 __getattr__, __dir__, __all__ = attach(__name__)

@@ -1,4 +1,4 @@
-"""`CodeIndex`: an inverted index of sparse codes in memory, which finds the rows whose codes are most like a query's."""
+"""`CodeIndex`: an inverted index of sparse codes in memory, which finds the rows that are most like a query."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -128,7 +128,8 @@ class CodeIndex:
         given = _read(queries)
         if given.shape[1] != self.n_features or top < 1:
             raise ValueError(
-                f"`queries` must have {self.n_features} columns and `top` be at least 1, got {given.shape[1]} and {top}."
+                f"`queries` must have {self.n_features} columns and `top` be at least 1, got {given.shape[1]} and "
+                f"{top}."
             )
         rows, scores = np.full((given.shape[0], top), -1), np.full((given.shape[0], top), -np.inf)
         for i in range(given.shape[0]):

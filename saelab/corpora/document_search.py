@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any, TypeAlias
 
 import numpy as np
 
@@ -10,6 +11,8 @@ from saelab.labels.text_search import rank_texts
 from saelab.stores.feature_names import FeatureNames, name_sides, require_names
 from saelab.stores.results import Result, format_table
 
+SideWeights: TypeAlias = Mapping[SideId, float] | Mapping[int, float] | Mapping[tuple[int, int], float]
+"""weights by feature, or by feature and sign"""
 N_LABELS = 8
 """most features that a query in words stands for"""
 SHOWN = 10
@@ -57,7 +60,7 @@ class DocumentRanking(Result):
 
 def rank_documents(
     documents: Documents,
-    wanted: Mapping[SideId, float] | str,
+    wanted: SideWeights | str,
     *,
     labels: FeatureNames | None = None,
     top: int = 10,
@@ -82,7 +85,9 @@ def rank_documents(
     documents = as_documents(documents)
     if top < 1:
         raise ValueError(f"`top` must be at least 1, got {top}.")
-    asked = dict.fromkeys(match_labels(wanted, labels), 1.0) if isinstance(wanted, str) else dict(wanted)
+    asked: dict[Any, float] = (
+        dict.fromkeys(match_labels(wanted, labels), 1.0) if isinstance(wanted, str) else dict(wanted)
+    )
     sides = {documents.column_of(side): float(weight) for side, weight in asked.items()}
     if not sides or not np.isfinite(list(sides.values())).all():
         raise ValueError(f"`wanted` must give at least one feature a finite weight, got {wanted!r}.")
@@ -114,16 +119,14 @@ def _describe(documents: DocumentFeatures, row: int, scores: np.ndarray, columns
     )
 
 
-def match_labels(words: str, labels: FeatureNames | None) -> list[SideId]:
-    """The sides whose labels match words, the best first, at most eight; a label of a whole feature is its positive one.
+def match_labels(words: str, labels: FeatureNames | None) -> list[tuple[int, int]]:
+    """The sides whose labels match words, the best first, at most eight; of a whole feature the positive one.
 
     Raises:
         ValueError: no labels are given, or none matches.
     """
     if labels is None:
-        raise ValueError(
-            f"Words are looked up in labels, got {words!r} and none; give `labels`, or features by number."
-        )
+        raise ValueError(f"Words are looked up in labels, got {words!r} and none; give `labels`, or numbers.")
     if isinstance(labels, Mapping):
         known = [((int(feature), 1), text) for feature, text in labels.items()]
     else:
