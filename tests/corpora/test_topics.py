@@ -13,7 +13,7 @@ VOCABULARY = [f"w{j}" for j in range(WORDS)]
 
 @pytest.fixture(scope="module")
 def planted() -> tuple[np.ndarray, csr_matrix, csr_matrix, np.ndarray]:
-    """Topics, counts of 12 words a topic, codes of 8 features a topic, embeddings of a direction each; all with noise."""
+    """Topics, counts of 12 words a topic, codes of 8 features a topic, embeddings of a direction each; with noise."""
     rng = np.random.default_rng(0)
     topic = rng.integers(0, TOPICS, N)
     own_words, own_features = np.arange(WORDS) // 12, np.arange(8 * TOPICS) // 8
