@@ -9,6 +9,7 @@ if TYPE_CHECKING:
         analysis as analysis,
         circuits as circuits,
         collecting as collecting,
+        corpora as corpora,
         evaluation as evaluation,
         explorer as explorer,
         functional as functional,

@@ -381,6 +381,7 @@ def cases() -> list[Case]:
         Case("labels export", ["labels", "store-0", "export", "out.json"], ("store-0",), read=told_file("out.json")),
         Case("compare", [*compare, "--out", "out.json", "--html", "out", *quiet],
              ("store-0", "store-1", "report:out"), read=told_report("out")),
+        Case("diff", ["diff", "store-0", "store-0", "--out", "out.json"], ("store-0",), read=told_file("out.json")),
         Case("steer", steer, ("sae-0",), read=told_file("out.html")),
         Case("steer-curve", [*curve, *quiet], ("sae-0", "store-0"), read=told_file("out.html")),
         Case("trace", ["trace", "tiny", "sae-0", "One", "--allow-missing", "--out", "out.json", *quiet], ("sae-0",),

@@ -29,6 +29,7 @@ FLOORS = {
     "steering": 9,
     "universality": 10,
     "interop": 10,
+    "corpora": 10,
     "visualization": 11,
     "explorer": 12,
     "cli": 13,

@@ -11,6 +11,7 @@ import typer
 from saelab.cli.comparing import compare_folders
 from saelab.cli.converting import convert_sae
 from saelab.cli.demo import run_demo
+from saelab.cli.diffing import diff_stores, find_documents
 from saelab.cli.embedding import embed_texts
 from saelab.cli.exploring import explore_store
 from saelab.cli.exporting import export_features, upload_features
@@ -61,6 +62,8 @@ VERBS: dict[str, Callable[..., None]] = {
     "dead": show_dead,
     "label": label_features,
     "compare": compare_folders,
+    "diff": diff_stores,
+    "find": find_documents,
     "report": write_report,
     "explore": explore_store,
     "steer": steer_prompts,

@@ -53,5 +53,6 @@ if TYPE_CHECKING:
         search_group_max as search_group_max,
         search_topk as search_topk,
     )
+    from saelab.functional.two_samples import Effect as Effect
 
 __getattr__, __dir__, __all__ = attach(__name__)

@@ -1,0 +1,230 @@
+"""Neighbors kept against bytes: an inverted index of sparse codes beside float embeddings and product quantization.
+
+    python scripts/measure_retrieval.py kept --model FOLDER --text FILE --faiss PYTHON --out retrieval.json
+    python scripts/measure_retrieval.py speed
+
+`kept`: distinct sentences of stories, embedded by a Hugging Face encoder in FOLDER; those of the last tenth of stories
+are the queries, all others are searched. `kept` is the share of a query's ten nearest by cosine of the embeddings that
+are among the ten found, `in 100` among the hundred found (which a second look at the embeddings could sort). Codes are
+those of SAEs trained on the sentences that are searched: `index` searches them by `CodeIndex` (binarized or with
+magnitudes in 8 bits, weighted by idf or not), `decoded` compares the reconstructions, of which the same codes are
+stored. `untrained` has random rows. Bytes are those of a sentence: of everything that the index holds, of the codes or
+the vectors for others, without their codebooks. PQ, OPQ and the quantized inverted file (IVFPQ, 64 cells of which 8 are
+read) are faiss's, run by the Python in which it is installed.
+
+`speed`: milliseconds a query among a million codes of 16 features of 8,192, on one thread: densities alike, by Zipf's
+law (exponent .7), and scipy's product with the same matrix; the median and the largest of 100 queries.
+"""
+
+import argparse
+import json
+import subprocess
+import tempfile
+import time
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch.nn.functional import normalize
+
+import saelab as sl
+from objectives.embeddings import embed, read_sentences
+from objectives.shared import format_table
+from saelab.corpora import CodeIndex
+from saelab.evaluation.feature_classifiers import encode_csr
+from saelab.sae.initialization import make_untrained
+from saelab.stores.files import write_json
+
+N_NEAREST, N_FOUND = 10, 100
+N_ROWS, D_SAE, ACTIVE, N_QUERIES = 1_000_000, 8192, 16, 100
+FAISS = """
+import json, sys
+import faiss, numpy as np
+faiss.omp_set_num_threads(1)
+given = np.load(sys.argv[1])
+rows, queries = given["rows"], given["queries"]
+found = {}
+for m in (8, 16, 32, 48, 96):
+    for name, made in ((f"PQ {m}", f"PQ{m}"), (f"OPQ {m}", f"OPQ{m},PQ{m}"), (f"IVFPQ {m}", f"IVF64,PQ{m}")):
+        index = faiss.index_factory(rows.shape[1], made, faiss.METRIC_INNER_PRODUCT)
+        index.train(rows); index.add(rows)
+        if name.startswith("IVF"):
+            index.nprobe = 8
+        found[name] = {"bytes": m + 8 * name.startswith("IVF"), "near": index.search(queries, 100)[1].tolist()}
+json.dump(found, open(sys.argv[2], "w"))
+"""
+
+
+def main() -> None:
+    command = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    stages = command.add_subparsers(dest="stage", required=True)
+    kept = stages.add_parser("kept")
+    kept.add_argument("--model", type=Path)
+    kept.add_argument("--text", type=Path)
+    kept.add_argument("--embeddings", type=Path, default=Path("runs/retrieval/embeddings.npz"))
+    kept.add_argument("--faiss", help="a Python with faiss; without it there are no rows of it")
+    kept.add_argument("--n-sentences", type=int, default=20_000)
+    kept.add_argument("--n-tokens", type=int, default=400_000)
+    kept.add_argument("--d-sae", type=int, default=1536)
+    kept.add_argument("--ks", type=int, nargs="+", default=[8, 16, 32, 64])
+    kept.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    kept.add_argument("--out", type=Path, default=Path("retrieval.json"))
+    stages.add_parser("speed")
+    args = command.parse_args()
+    torch.set_num_threads(1)
+    measure_speed() if args.stage == "speed" else measure_kept(args)
+
+
+# ---- neighbors kept
+def measure_kept(args: argparse.Namespace) -> None:
+    rows, queries = read(args)
+    true = nearest(rows, queries, N_NEAREST)
+    print(f"{len(rows):,} sentences, {len(queries):,} queries, width {rows.shape[1]}")
+    table: dict[str, list[dict[str, float]]] = {}
+    for name, (size, near) in dense_rows(rows, queries).items():
+        table[name] = [score(true, near, size)]
+    if args.faiss:
+        for name, row in run_faiss(args.faiss, rows, queries).items():
+            table[name] = [score(true, torch.tensor(row["near"]), float(row["bytes"]))]
+    for seed in args.seeds:
+        for k in args.ks:
+            for kind, activation in (("TopK", sl.TopK(k=k)), ("AbsTopK", sl.AbsTopK(k=k))):
+                cfg = sl.SAEConfig(d_in=rows.shape[1], d_sae=args.d_sae, activation=activation)
+                acts = sl.Activations.from_tensor(rows)
+                run = sl.TrainConfig(n_tokens=args.n_tokens, batch_size=256, n_held_out=0, seed=seed)
+                sae = sl.SAE(cfg, seed=seed).fit(acts, run, progress=False)
+                add_codes(table, f"{kind} {k}", sae, rows, queries, true)
+                if kind == "TopK":
+                    add_codes(table, f"untrained {k}", make_untrained(sae, rows[:8192], seed=seed), rows, queries, true)
+        print(f"seed {seed} done", flush=True)
+    print(format_table(dict(sorted(table.items(), key=lambda item: item[1][0]["bytes"]))))
+    write_json(args.out, table)
+
+
+def read(args: argparse.Namespace) -> tuple[torch.Tensor, torch.Tensor]:
+    """Embeddings of the sentences that are searched and of the queries, each distinct and of unit length."""
+    if not args.embeddings.exists():
+        args.embeddings.parent.mkdir(parents=True, exist_ok=True)
+        made: dict[str, Any] = embed(*read_sentences(args.text, args.n_sentences), args.model)
+        np.savez(args.embeddings, **made)
+    found = np.load(args.embeddings)
+    first = np.sort(np.unique(found["sentence_ids"], return_index=True)[1])
+    x, docs = normalize(torch.from_numpy(found["embeddings"])[first]), found["doc_ids"][first]
+    early = torch.from_numpy(docs < docs[len(docs) * 9 // 10])
+    return x[early], x[~early]
+
+
+def nearest(rows: torch.Tensor, queries: torch.Tensor, n: int) -> torch.Tensor:
+    return (normalize(queries) @ normalize(rows).T).topk(n).indices
+
+
+def score(true: torch.Tensor, near: torch.Tensor, size: float) -> dict[str, float]:
+    hits = true[:, :, None] == near[:, None, :]
+    return {
+        "bytes": size,
+        "kept": float(hits[:, :, :N_NEAREST].any(2).float().mean()),
+        "in 100": float(hits.any(2).float().mean()),
+    }
+
+
+def dense_rows(rows: torch.Tensor, queries: torch.Tensor) -> dict[str, tuple[float, torch.Tensor]]:
+    """Bytes and what is found by vectors in fewer bits or dimensions; queries are as they are."""
+    d, mean = rows.shape[1], rows.mean(0)
+    step = rows.abs().max() / 127
+    found = {
+        "float32": (4.0 * d, nearest(rows, queries, N_FOUND)),
+        "float16": (2.0 * d, nearest(rows.half().float(), queries, N_FOUND)),
+        "int8": (1.0 * d, nearest((rows / step).round() * step, queries, N_FOUND)),
+        "signs": (d / 8, nearest((rows - mean).sign(), (queries - mean).sign(), N_FOUND)),
+    }
+    axes = torch.linalg.svd(rows - mean, full_matrices=False).Vh
+    for n in (8, 16, 32, 64):
+        flat = [((x - mean) @ axes[:n].T).half().float() for x in (rows, queries)]
+        found[f"PCA {n}, float16"] = 2.0 * n, nearest(flat[0], flat[1], N_FOUND)
+    return found
+
+
+def run_faiss(python: str, rows: torch.Tensor, queries: torch.Tensor) -> dict[str, Any]:
+    with tempfile.TemporaryDirectory() as folder:
+        given, found = Path(folder, "given.npz"), Path(folder, "found.json")
+        np.savez(given, rows=rows.numpy(), queries=queries.numpy())
+        subprocess.run([python, "-c", FAISS, str(given), str(found)], check=True)
+        return dict(json.loads(found.read_text()))
+
+
+@torch.no_grad()
+def add_codes(
+    table: dict[str, list[dict[str, float]]],
+    name: str,
+    sae: sl.SAE,
+    rows: torch.Tensor,
+    queries: torch.Tensor,
+    true: torch.Tensor,
+) -> None:
+    codes, asked = encode_csr(sae, rows), encode_csr(sae, queries)
+    ways: list[tuple[str, dict[str, Any]]] = [
+        ("binary", {}),
+        ("binary, no idf", {"idf": False}),
+        ("8 bits", {"values": "uint8"}),
+        ("8 bits, no idf", {"values": "uint8", "idf": False}),
+    ]
+    for way, options in ways if not name.startswith("untrained") else ways[:1]:
+        index = CodeIndex.build(codes, **options)
+        near = torch.from_numpy(index.search(asked, top=N_FOUND)[0])
+        table.setdefault(f"{name}, {way}", []).append(score(true, near, index.n_bytes / len(index)))
+    if not name.startswith("untrained"):
+        near = nearest(sae.decode(sae.encode(rows)), queries, N_FOUND)
+        table.setdefault(f"{name}, decoded", []).append(score(true, near, 4.0 * codes.nnz / len(rows)))
+
+
+# ---- speed
+def measure_speed() -> None:
+    from scipy.sparse import csr_matrix
+
+    rng = np.random.default_rng(0)
+    for name, weights in (("alike", np.ones(D_SAE)), ("Zipf", np.arange(1, D_SAE + 1) ** -0.7)):
+        ends = np.cumsum(weights / weights.sum())
+        features = np.minimum(np.searchsorted(ends, rng.random((N_ROWS, ACTIVE))), D_SAE - 1)
+        codes = csr_matrix(
+            (np.ones(N_ROWS * ACTIVE, np.float32), features.ravel(), np.arange(N_ROWS + 1) * ACTIVE), (N_ROWS, D_SAE)
+        )
+        codes.sum_duplicates()
+        codes.data = rng.gamma(2, size=codes.nnz).astype(np.float32)
+        queries = codes[rng.integers(0, N_ROWS, N_QUERIES)]
+        for values in ("none", "uint8"):
+            start = time.perf_counter()
+            index = CodeIndex.build(codes, values=values)
+            built = time.perf_counter() - start
+            times = [clock(partial(index.search, queries[i : i + 1], 10)) for i in range(N_QUERIES)]
+            told = (
+                f"median {np.median(times):.2f} ms, largest {max(times):.2f} ms, CPU {cpu_time(index, queries):.2f} ms"
+            )
+            print(
+                f"{name}, {values}: {told}; built in {built:.1f} s, {index.n_bytes / N_ROWS:.1f} bytes a row",
+                flush=True,
+            )
+        times = [clock(partial(multiply, codes, queries[i].toarray().ravel())) for i in range(20)]
+        print(f"{name}, scipy's product: median {np.median(times):.2f} ms", flush=True)
+
+
+def multiply(codes: Any, query: np.ndarray) -> np.ndarray:
+    return np.argpartition(codes @ query, -10)[-10:]
+
+
+def cpu_time(index: CodeIndex, queries: Any) -> float:
+    """Milliseconds of this process's processor a query, which other processes hardly change."""
+    start = time.process_time()
+    index.search(queries, 10)
+    return 1e3 * (time.process_time() - start) / queries.shape[0]
+
+
+def clock(call: Any) -> float:
+    start = time.perf_counter()
+    call()
+    return 1e3 * (time.perf_counter() - start)
+
+
+if __name__ == "__main__":
+    main()
