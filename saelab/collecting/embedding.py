@@ -31,11 +31,11 @@ from saelab.lm.text_encoders import (
 )
 from saelab.lm.unwrapped import evaluating
 from saelab.stores.activations import Activations
-from saelab.stores.files import shareable
 from saelab.stores.jobs import hidden
 from saelab.stores.manifest import ActivationsManifest, Provenance, dtype_name
 from saelab.stores.payload import PayloadKinds, pack_strings
 from saelab.stores.row_columns import MemoryRows
+from saelab.stores.sharing import shareable
 
 SHARD_ROWS = 8192
 FUNCTION_BATCH = 256

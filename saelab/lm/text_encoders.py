@@ -17,7 +17,7 @@ from saelab.lm.model_checks import Model, find_context, sketch_weights
 from saelab.lm.models import describe_model, hidden_bars, load_model
 from saelab.lm.tokens import tokenize
 from saelab.lm.unwrapped import evaluating
-from saelab.stores.files import shareable
+from saelab.stores.sharing import shareable
 
 Pooling = Literal["mean", "last", "max", "cls"]
 """How the vectors of a document's tokens become one."""
@@ -193,7 +193,7 @@ def _load_sentences(folder: Path, device: Any) -> Any:
         from sentence_transformers import SentenceTransformer
     except ImportError:
         raise ImportError(
-            f"'{folder}' is a model of sentence-transformers, which is not installed: pip install 'saelab[sentences]'; "
+            f"'{folder}' is a model of sentence-transformers, which is not installed: pip install sentence-transformers; "
             "or give the folder of its Hugging Face model, with `pooling`."
         ) from None
     return SentenceTransformer(str(folder), device=str(device))
