@@ -193,8 +193,8 @@ def _load_sentences(folder: Path, device: Any) -> Any:
         from sentence_transformers import SentenceTransformer
     except ImportError:
         raise ImportError(
-            f"'{folder}' is a model of sentence-transformers, which is not installed: pip install sentence-transformers; "
-            "or give the folder of its Hugging Face model, with `pooling`."
+            f"'{folder}' is a model of sentence-transformers, which is not installed: pip install sentence-transformers "
+            "(or give the folder of its Hugging Face model, with `pooling`)."
         ) from None
     return SentenceTransformer(str(folder), device=str(device))
 
