@@ -35,8 +35,10 @@ class Ratios:
     """strengths in what the reconstruction misses and the latent's own row"""
     reconstruction: Float[Tensor, "d_sae"]
     """strengths in the reconstruction alone"""
-    total: Float[Tensor, "d_sae"]
-    """strengths in the activations"""
+    surplus: Float[Tensor, "d_sae"]
+    """strength in the activations of the stronger source, less that in the weaker one's, in units of the stronger's
+    row: a difference, no ratio
+    """
     free: Float[Tensor, "d_sae"]
     """as `error`, in whatever direction each is largest"""
 
@@ -56,27 +58,39 @@ class Ratios:
         stronger = norms.argmax(0)
         row = _stronger_rows(sae, stronger, columns) if same_space else None
         slopes = found.slopes(sae, columns)
-        strengths = [[_strength(one, found.spread, row) for one in pair] for pair in slopes]
-        free = [_strength(one, found.spread, None) for one in slopes[0]]
-        error, reconstruction, total = (_divide(torch.stack(pair), stronger) for pair in strengths)
-        norm = _divide(norms, stronger)
-        return cls(stronger, norm.nan_to_num(), error, reconstruction, total, _divide(torch.stack(free), stronger))
+        error, rebuilt, whole = (torch.stack([_strength(one, found.spread, row) for one in pair]) for pair in slopes)
+        free = torch.stack([_strength(one, found.spread, None) for one in slopes[0]])
+        return cls(
+            stronger=stronger,
+            norm=_divide(norms, stronger).nan_to_num(),
+            error=_divide(error, stronger),
+            reconstruction=_divide(rebuilt, stronger),
+            surplus=_subtract(whole, stronger) / norms.max(0).values.clamp(min=TINY),
+            free=_divide(free, stronger),
+        )
 
 
 @dataclass(frozen=True, eq=False)
 class RatioErrors:
-    """Standard errors of `Ratios` by the jackknife; NaN where one block of rows has all firings."""
+    """Standard errors of `Ratios`, by the jackknife; NaN where one block of rows has all firings."""
 
     error: Float[np.ndarray, "d_sae"]
     reconstruction: Float[np.ndarray, "d_sae"]
-    total: Float[np.ndarray, "d_sae"]
+    surplus: Float[np.ndarray, "d_sae"]
     freedom: Float[np.ndarray, "d_sae"]
     """degrees of freedom: number of blocks that the squared codes are spread over as evenly, less 1"""
 
     @classmethod
     @torch.no_grad()
     def measure(
-        cls, sae: SAE, acts: Activations, found: "CodeSums", ratios: Ratios, columns: list[slice], same_space: bool
+        cls,
+        sae: SAE,
+        acts: Activations,
+        found: "CodeSums",
+        ratios: Ratios,
+        norms: Float[Tensor, "2 d_sae"],
+        columns: list[slice],
+        same_space: bool,
     ) -> "RatioErrors":
         """The errors of two sources' ratios, from a second pass over the rows.
 
@@ -87,7 +101,8 @@ class RatioErrors:
             acts: the activations that the ratios were measured on.
             found: sums over their tokens.
             ratios: the ratios.
-            columns: columns of each source.
+            norms: norms of the decoder rows of both sources.
+            columns: columns of each.
             same_space: whether a direction of one is one of the other.
         """
         row = _stronger_rows(sae, ratios.stronger, columns) if same_space else None
@@ -98,10 +113,12 @@ class RatioErrors:
         own = [(row_m * sae.W_dec.detach()[:, part]).sum(1) for row_m, part in zip(rows[0], columns, strict=True)]
         errors = []
         for which in range(3):
-            pair = torch.stack([
-                blocks.slopes_without(which, m, rows[which][m]) + (own[m] if which == 0 else 0) for m in (0, 1)
-            ])  # fmt: skip
-            errors.append(_jackknife(_divide(pair, ratios.stronger.expand(pair.shape[1:]))))
+            pair = torch.stack([blocks.slopes_without(which, m, rows[which][m]) for m in (0, 1)])
+            if which == 0:
+                pair = pair + torch.stack(own)[:, None]
+            stronger = ratios.stronger.expand(pair.shape[1:])
+            errors.append(_jackknife(_subtract(pair, stronger) if which == 2 else _divide(pair, stronger)))
+        errors[2] /= norms.max(0).values.clamp(min=TINY)
         weights = blocks.squares
         even = weights.sum(0).square() / weights.square().sum(0).clamp(min=TINY)
         return cls(*(one.cpu().numpy() for one in (*errors, even - 1)))
@@ -189,7 +206,8 @@ class _Blocks:
     squares: Float[Tensor, "n_blocks d_sae"]
     products: Float[Tensor, "n_blocks 3 2 d_sae"]
     """codes times what is regressed (see `Ratios`) along the row of each source"""
-    sums: list[list[Float[Tensor, "n_blocks d"]]]
+    sums: list[list[Tensor]]
+    """(n_blocks, d) what is regressed, of each source"""
 
     @classmethod
     def measure(cls, sae: SAE, acts: Activations, columns: list[slice], rows: list[list[Tensor]]) -> "_Blocks":
@@ -263,18 +281,23 @@ def _whole(halves: Float[Tensor, "2 d_sae d"], spread: Float[Tensor, "2 d_sae 1"
 def _strength(
     halves: Float[Tensor, "2 d_sae d"], spread: Float[Tensor, "2 d_sae 1"], row: Float[Tensor, "d_sae d"] | None
 ) -> Float[Tensor, "d_sae"]:
-    """Length of regressions along a direction, in units of its length; without one, their norm from the product of the
-    two halves, whose noise is independent.
+    """Length of regressions along a direction; without one, their norm from the product of the two halves, whose noise
+    is independent.
     """
     if row is None:
         return (halves[0] * halves[1]).sum(1).clamp(min=0).sqrt()
-    return (_whole(halves, spread) * row).sum(1) / row.square().sum(1).clamp(min=TINY)
+    return (_whole(halves, spread) * row).sum(1) / row.norm(dim=1).clamp(min=TINY)
 
 
 def _divide(values: Float[Tensor, "2 *d_sae"], stronger: Int[Tensor, "*d_sae"]) -> Float[Tensor, "*d_sae"]:
     """Values of the weaker source over those of the stronger; NaN where these are not above 0."""
     below, above = values.gather(0, 1 - stronger[None])[0], values.gather(0, stronger[None])[0]
     return torch.where(above > 0, below / above.clamp(min=TINY), torch.nan)
+
+
+def _subtract(values: Float[Tensor, "2 *d_sae"], stronger: Int[Tensor, "*d_sae"]) -> Float[Tensor, "*d_sae"]:
+    """Values of the stronger source less those of the weaker one."""
+    return values.gather(0, stronger[None])[0] - values.gather(0, 1 - stronger[None])[0]
 
 
 def _jackknife(without: Float[Tensor, "n_blocks d_sae"]) -> Float[Tensor, "d_sae"]:

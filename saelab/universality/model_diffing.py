@@ -34,8 +34,8 @@ class ModelDiff(Result):
     """Latents of a crosscoder by the source that they belong to.
 
     a and b are the two sources. Of each latent the source with the larger decoder norm is the stronger one; `nu_error`,
-    `nu_reconstruction` and `nu_total` are ratios of its strength in the weaker to that in the stronger, NaN where it
-    has none in the stronger or never fires. Standard errors are of the sample of documents, by the jackknife.
+    `nu_reconstruction` and `nu_free` are ratios of its strength in the weaker to that in the stronger, NaN where it has
+    none in the stronger or never fires. Standard errors are of the sample of documents, by the jackknife.
     """
 
     a: str
@@ -47,8 +47,8 @@ class ModelDiff(Result):
     """relative strength from which on it is shared"""
     decoupled: float
     """relative strength in the weaker source's reconstruction from which on other latents stand for it"""
-    unchanged: float
-    """relative strength in the activations from which on a latent is not ranked"""
+    least_gain: float
+    """gain up to which a latent is not ranked: 0, or the largest one of a null pair, see `calibrate`"""
     fdr: float
     """rate of false ones among the latents of a kind, and among those ranked"""
     kinds: tuple[LatentKind, ...]
@@ -64,13 +64,15 @@ class ModelDiff(Result):
     nu_free: Float[np.ndarray, "d_sae"]
     """relative strength as `nu_error`, in whatever direction it is largest in either source, instead of along the
     stronger one's row"""
-    nu_total: Float[np.ndarray, "d_sae"]
-    """relative strength in the activations themselves, whichever latents reconstruct them"""
+    surplus: Float[np.ndarray, "d_sae"]
+    """what the stronger source's activations have more of than the weaker one's, whichever latents reconstruct them:
+    the regression on the codes of their difference along the stronger source's row, in units of that row
+    """
     nu_error_se: Float[np.ndarray, "d_sae"]
     """standard error; NaN for latents that fire too seldom or in one place only"""
     nu_reconstruction_se: Float[np.ndarray, "d_sae"]
     """standard error"""
-    nu_total_se: Float[np.ndarray, "d_sae"]
+    surplus_se: Float[np.ndarray, "d_sae"]
     """standard error"""
     freedom: Float[np.ndarray, "d_sae"]
     """degrees of freedom of the standard errors"""
@@ -103,36 +105,35 @@ class ModelDiff(Result):
 
     @property
     def gain(self) -> Float[np.ndarray, "d_sae"]:
-        """Share of the stronger source's variance that a latent adds to the weaker one's: `variance_frac` times `1 -
-        nu_total`; 0 without evidence, at `fdr`, that `nu_total` is below `unchanged`.
+        """Share of the stronger source's variance that is the difference of the two sources along a latent, explained
+        by its codes: `variance_frac` times the square of `surplus`; 0 without evidence, at `fdr`, of a surplus.
 
-        What counts is what the activations are: whether this latent or others reconstruct them in the weaker source is
-        the dictionary's choice, and differs between two copies of one model.
+        What counts is the activations: whether this latent or others reconstruct them in the weaker source is the
+        dictionary's choice, and differs between two copies of one model.
         """
-        below = _below(self.nu_total, self.nu_total_se, self.freedom, self.unchanged)
-        found = _find_evident(below, self.fdr) & (self.nu_total < 1)
-        return np.where(found, self.variance_frac * (1 - np.nan_to_num(self.nu_total)), 0.0)
+        more = _below(-self.surplus, self.surplus_se, self.freedom, 0.0)
+        return np.where(_find_evident(more, self.fdr), self.variance_frac * np.nan_to_num(self.surplus) ** 2, 0.0)
 
     def rank(self, side: Literal["a", "b"], n: int | None = None) -> list[int]:
-        """Numbers of the latents that are stronger in a source, those of the largest gain first, whatever their kind.
+        """Numbers of the latents that a source has more of, those of the largest gain first, whatever their kind.
 
         Args:
             side: the source.
-            n: number of latents; None is all with a gain above 0.
+            n: number of latents; None is all with a gain above `least_gain`.
         """
         if side not in ("a", "b"):
             raise ValueError(f"`side` must be 'a' ({self.a}) or 'b' ({self.b}), got '{side}'.")
         stronger = np.array(self._stronger) == ("a", "b").index(side)
-        chosen = np.flatnonzero(stronger & (self.gain > 0))
+        chosen = np.flatnonzero(stronger & (self.gain > self.least_gain))
         return chosen[np.argsort(-self.gain[chosen], kind="stable")][:n].tolist()
 
     def calibrate(self, null: "ModelDiff", level: float = 0.05) -> "ModelDiff":
         """The same latents judged by limits of a null pair, such as a copy that was trained as long on the old data.
 
         `shared` becomes the strength that `level` of the null pair's latents stay below, those left out that are
-        decoupled or unsure, and `absent` is no higher; `unchanged` the same of `nu_total`. So of latents that changed
-        no more than those of the null pair about that share is not called shared, whatever the null pair's training
-        has turned or shrunk, and they are not ranked.
+        decoupled or unsure, and `absent` is no higher. So of latents that changed no more than those of the null pair
+        about that share is not called shared, whatever the null pair's training has turned or shrunk. `least_gain`
+        becomes the null pair's largest gain: of such latents about one is ranked.
 
         Args:
             null: diff of the null pair, by a crosscoder of the same kind.
@@ -150,15 +151,13 @@ class ModelDiff(Result):
                 f"{int(judged.sum())} latents."
             )
         shared = min(1.0, float(np.quantile(null.nu_error[judged], level)))
-        known = null.nu_total[np.isfinite(null.nu_total_se) & np.isfinite(null.nu_total)]
-        unchanged = min(1.0, float(np.quantile(known, level))) if len(known) else 1.0
-        if shared <= 0 or unchanged <= 0:
+        if shared <= 0:
             raise ValueError(
-                f"A null pair must keep its latents: {1 - level:.0%} of them above a strength of 0, got {shared:.2f} "
-                f"({unchanged:.2f} in the activations). Train its copy for fewer steps or at a lower rate, or take a "
-                "larger `level`."
+                f"A null pair must keep its latents: {1 - level:.0%} of them above a strength of 0, got {shared:.2f}. "
+                "Train its copy for fewer steps or at a lower rate, or take a larger `level`."
             )
-        found = replace(self, absent=min(self.absent, shared), shared=shared, unchanged=unchanged)
+        least = float(null.gain.max(initial=0.0))
+        found = replace(self, absent=min(self.absent, shared), shared=shared, least_gain=least)
         return replace(found, kinds=found._judge())
 
     def _judge(self) -> tuple[LatentKind, ...]:
@@ -251,10 +250,9 @@ def diff_models(
 
     `nu_error` is the weaker source's strength over the stronger's: at least `shared`, below it, where the latent is
     weak, or below `absent`, where it is of one source alone. Unless the other reconstructs the same without it:
-    `nu_reconstruction`, with the reconstruction in place of e_m + z d_m, is then at least `decoupled`. `nu_total`, by
-    which latents are ranked, has the activations themselves there. Sources of other spaces have no direction in common:
-    there a strength is the norm of the best direction, `||sum_i z_i (e_m,i + z_i d_m)|| / sum_i z_i^2`, from the
-    product of two halves of the rows, so that noise adds nothing.
+    `nu_reconstruction`, with the reconstruction in place of e_m + z d_m, is then at least `decoupled`. Sources of other
+    spaces have no direction in common: there a strength is the norm of the best direction, `||sum_i z_i (e_m,i + z_i
+    d_m)|| / sum_i z_i^2`, from the product of two halves of the rows, so that noise adds nothing.
 
     A latent has a kind where the sample gives evidence that its strengths are on that side of the limits, at a false
     discovery rate of `fdr` within each kind (Student's t by the jackknife over 100 blocks of whole documents, Benjamini
@@ -301,7 +299,7 @@ def diff_models(
     same_space = _is_same_space(sae, acts, names, columns, same_space)
     found, norms = CodeSums.measure(sae, acts), _norms_of(sae, names)
     ratios = Ratios.measure(sae, found, norms, columns, same_space)
-    errors = RatioErrors.measure(sae, acts, found, ratios, columns, same_space)
+    errors = RatioErrors.measure(sae, acts, found, ratios, norms, columns, same_space)
     variance = torch.stack([found.variance[part].sum() for part in columns])
     power = found.squares / found.n * norms.max(0).values.square()
     firings = found.firings.cpu().numpy()
@@ -313,7 +311,7 @@ def diff_models(
         absent=absent,
         shared=shared,
         decoupled=decoupled,
-        unchanged=1.0,
+        least_gain=0.0,
         fdr=fdr,
         kinds=(),
         kinds_by_norm=tuple(
@@ -324,10 +322,10 @@ def diff_models(
         nu_error=ratios.error.cpu().numpy() + silent,
         nu_reconstruction=ratios.reconstruction.cpu().numpy() + silent,
         nu_free=ratios.free.cpu().numpy() + silent,
-        nu_total=ratios.total.cpu().numpy() + silent,
+        surplus=ratios.surplus.cpu().numpy() + silent,
         nu_error_se=errors.error + seldom,
         nu_reconstruction_se=errors.reconstruction + seldom,
-        nu_total_se=errors.total + seldom,
+        surplus_se=errors.surplus + seldom,
         freedom=errors.freedom,
         firings=firings,
         variance_frac=(power / variance[ratios.stronger].clamp(min=TINY)).cpu().numpy(),
