@@ -133,8 +133,8 @@ class CLT(CLTModule):
             [TrainingCLT(self, cfg, self.placed or self.training_ is not None)], batches, cfg, kept, out, resume
         )
 
-    def layer(self, number: int, writes: int | None = None) -> SAE:
-        """The transcoder that a layer's latents are, copied, with the normalizers folded in.
+    def layer(self, number: int, writes: int | None = None, *, copy: bool = True) -> SAE:
+        """The transcoder that a layer's latents are, with the normalizers folded in.
 
         It has the codes of that layer, so that its features are shown and counted as any transcoder's; it writes the
         layer's own output and all later ones side by side, or one of them. The reconstructions of all layers add up to
@@ -143,6 +143,8 @@ class CLT(CLTModule):
         Args:
             number: number of the layer, counted from the first that is read.
             writes: number of the layer whose output it writes; None is all, from its own on.
+            copy: whether its weights are copies; else those that need no folding are this transcoder's own, and take no
+                memory of their own.
 
         Raises:
             ValueError: for a layer that does not exist or that it does not write.
@@ -156,7 +158,7 @@ class CLT(CLTModule):
             raise ValueError(f"`number` must be in 0..{n - 1}, got {number}.")
         if writes is not None and not number <= writes < n:
             raise ValueError(f"`writes` must be in {number}..{n - 1}, as a layer writes no earlier one, got {writes}.")
-        cfg, held = self.fold_layer(number)
+        cfg, held = self.fold_layer(number, copy)
         if writes is not None:
             columns = slice((writes - number) * d, (writes - number + 1) * d)
             cfg = replace(cfg, d_out=d)

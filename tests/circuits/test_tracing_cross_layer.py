@@ -111,6 +111,24 @@ def test_one_that_writes_only_its_own_layer_is_a_set_of_transcoders(model: Any) 
     assert graphs[0].replacement_score == pytest.approx(graphs[1].replacement_score, abs=1e-3)
 
 
+def test_placing_takes_no_memory_where_nothing_has_to_be_folded(model: Any) -> None:
+    for normalizer in ("none", "scale"):
+        clt = make_clt(normalizer=normalizer)
+        before = {name: weight.clone() for name, weight in clt.state_dict().items()}
+        placed = place_dictionaries(model, {PLACES: clt}).dictionaries
+        for layer, one in zip(clt.layers, placed, strict=True):
+            for name in ("W_enc", "W_dec"):
+                shared = getattr(layer, name).data_ptr() == getattr(one.sae, name).data_ptr()
+                assert shared == (normalizer == "none"), name
+        trace(model, {PLACES: clt}, PROMPT)
+        assert all(torch.equal(weight, before[name]) for name, weight in clt.state_dict().items())
+        assert clt.layers[0].W_dec.grad is None and clt.layers[0].W_dec.requires_grad
+    alone = make_clt(normalizer="none")
+    with torch.no_grad():
+        alone.layer(1).W_dec.zero_()  # a copy, unless it is asked for otherwise
+    assert alone.layers[1].W_dec.any()
+
+
 def test_validation_takes_away_what_a_feature_writes_at_its_own_layer(model: Any) -> None:
     clt = make_clt(normalizer="scale")
     graph = trace(model, {PLACES: clt}, PROMPT, targets="a")
