@@ -168,7 +168,7 @@ class TrainingCLT:
         steps = []
         for one, found, x, start, penalty in zip(self.layers, coded, inputs, cfg.starts, penalties, strict=True):
             codes = StepCodes(errors, residual[:, start:], penalty, found.seen, found.sparse, found.dense)
-            step = one.make_step(x, y[:, start:], one.sae.W_dec, codes)
+            step = one.make_step(x, y[:, start:], one.sae.W_dec, codes, weights=weights[start:])
             own = _weigh(one, step)
             for name, loss in own.items():
                 terms[name] = terms.get(name, 0) + loss / cfg.n_layers

@@ -185,6 +185,7 @@ class TrainingSAE:
         W_dec: Float[Tensor, "d_sae d_out"],
         coded: StepCodes,
         b_read: Float[Tensor, "d_in"] | None = None,
+        weights: Float[Tensor, "d_out"] | None = None,
     ) -> TrainingStep:
         """What the loss terms of a step read.
 
@@ -194,6 +195,7 @@ class TrainingSAE:
             W_dec: the decoder in this step.
             coded: codes of the batch with their reconstruction errors.
             b_read: bias that is subtracted from x; None where nothing is.
+            weights: factor on the squared error of each output; None where all are alike.
         """
         return TrainingStep(
             self.sae,
@@ -214,6 +216,7 @@ class TrainingSAE:
             ranks=self.ranks,
             b_read=b_read,
             memory=self.memory,
+            weights=weights,
         )
 
     def weigh(self, step: TrainingStep, seen: tuple[Tensor, Tensor, Tensor]) -> StepLosses:
