@@ -112,7 +112,7 @@ def test_dead_latents_of_a_layer_hear_of_all_the_layers_it_writes() -> None:
 
 
 def test_dead_latents_hear_of_layers_of_every_size_alike() -> None:
-    """Outputs of one layer a hundred times as large, and all that writes them: the same loss, as of the reconstruction."""
+    """Outputs of one layer a hundred times as large, and all that writes them: the same losses."""
     x, y = draw()
     factor = torch.tensor([1.0, 1.0, 100.0]).repeat_interleave(D_OUT)
     found = []
@@ -130,7 +130,7 @@ def test_dead_latents_hear_of_layers_of_every_size_alike() -> None:
         state = trainee.state
         state["tokens_since_fired"][:, -4:] = 10
         trainee.state = state
-        found.append({name: float(value) for name, value in trainee.objective(pairs).terms.items()})
+        found.append({name: value.item() for name, value in trainee.objective(pairs).terms.items()})
     assert found[0]["aux"] > 0.01 and found[1] == pytest.approx(found[0], rel=1e-4)
 
 
