@@ -65,7 +65,7 @@ class SpaceMap:
             ridge_chosen=self.ridge_chosen, origin_a=self.origin_b, origin_b=self.origin_a,
         )  # fmt: skip
 
-    def apply(self, x: Float[Tensor, "*batch d_a"]) -> Float[Tensor, "*batch d_b"]:
+    def apply(self, x: Float[Tensor, "*batch d_a"] | Int[Tensor, "*batch d_a"]) -> Float[Tensor, "*batch d_b"]:
         """Activations of a in b's space, in their own dtype; integers are read as float32."""
         if x.shape[-1] != len(self.mean_a):
             raise ValueError(f"Activations must be as wide as a's space ({len(self.mean_a)}), got {tuple(x.shape)}.")
