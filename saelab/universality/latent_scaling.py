@@ -244,8 +244,8 @@ class _Blocks:
         )
         n = n.clamp(min=1)
         spread = squares - codes.square() / n
-        # a block with all firings leaves nothing but rounding
-        return torch.where(spread > 1e-9 * self.squares.sum(0), (products - codes * along / n) / spread, torch.nan)
+        # a block with all firings leaves nothing
+        return torch.where(spread > 0, (products - codes * along / n) / spread, torch.nan)
 
 
 def cut_blocks(n: int, doc_ids: Shaped[np.ndarray, "n"] | None, n_blocks: int = BLOCKS) -> Int[np.ndarray, "m"]:

@@ -13,6 +13,7 @@ import saelab as sl
 from saelab.sae.objectives import SourceNormsLoss
 from saelab.stores import JoinedSource
 from saelab.universality import ModelDiff, diff_models, score_translation
+from saelab.universality.latent_scaling import cut_blocks
 
 D = 8
 PAIR = (JoinedSource(name="base", d_in=D), JoinedSource(name="tuned", d_in=D))
@@ -138,6 +139,17 @@ def test_limits_of_a_null_pair_judge_the_same_latents_again() -> None:
         diff.calibrate(replace(null, nu_error=np.linspace(-0.3, 0.1, 8)))
 
 
+def test_blocks_are_of_whole_documents_where_there_are_enough() -> None:
+    ids = np.repeat(np.arange(50), np.random.default_rng(0).integers(5, 40, 50))
+    borders = np.flatnonzero(np.diff(ids)) + 1
+    cuts = cut_blocks(len(ids), ids, 10)
+    assert len(cuts) == 11 and set(cuts[1:-1]) <= set(borders) and (cuts[0], cuts[-1]) == (0, len(ids))
+    assert np.diff(cuts).max() < 2 * len(ids) / 10
+    # a book is one document: its parts are blocks; and of fewer rows than blocks each is one
+    assert cut_blocks(3000, np.repeat([0, 1], [2999, 1]), 4).tolist() == [0, 750, 1500, 2250, 3000]
+    assert cut_blocks(3, None).tolist() == [0, 1, 2, 3]
+
+
 def draw_documents(g: torch.Generator, n_docs: int, strength: torch.Tensor, noise: float = 0.5) -> sl.Activations:
     """Documents of 20 tokens in which every row comes 4 times: a fourth as much to learn from as there are rows."""
     z = (torch.rand(n_docs * 5, len(strength), generator=g) < 0.3) * (
@@ -150,14 +162,14 @@ def draw_documents(g: torch.Generator, n_docs: int, strength: torch.Tensor, nois
 
 
 def reader(n: int) -> sl.SAE:
-    """n latents that read and write one coordinate of base each."""
+    """n latents that read and write one coordinate of base each, with rows of norm 2."""
     cfg = sl.SAEConfig(d_in=2 * n, d_sae=n, activation=sl.ReLU(target_l0=2.0), normalizer="none", dictionary="free",
                        sources=tuple(JoinedSource(name=name, d_in=n) for name in ("base", "tuned")),
                        objective=(sl.ReconstructionLoss(),))  # fmt: skip
     sae = sl.SAE(cfg, seed=0)
     with torch.no_grad():
-        sae.W_dec.copy_(torch.cat([torch.eye(n), torch.zeros(n, n)], 1))
-        sae.W_enc.copy_(sae.W_dec.T)
+        sae.W_dec.copy_(torch.cat([2 * torch.eye(n), torch.zeros(n, n)], 1))
+        sae.W_enc.copy_(sae.W_dec.T / 4)
         sae.b_enc.zero_()
     return sae
 
@@ -172,6 +184,7 @@ def test_standard_errors_are_the_deviations_over_samples_of_documents() -> None:
         assert np.allclose(said, found, rtol=0.4), name
         assert said.mean() == pytest.approx(found.mean(), rel=0.15)  # of 8 latents
     assert np.allclose(np.mean([one.nu_error for one in drawn], axis=0), strength, atol=0.02)
+    assert np.allclose(np.mean([one.surplus for one in drawn], axis=0), 1 - strength, atol=0.02)  # in units of the row
     # squared codes spread over 60 blocks nearly evenly
     assert (drawn[0].freedom > 30).all() and (drawn[0].freedom < 60).all()
 
