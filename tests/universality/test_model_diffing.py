@@ -126,6 +126,9 @@ def test_limits_of_a_null_pair_judge_the_same_latents_again() -> None:
     loose = diff.calibrate(replace(null, nu_error=np.full(8, 0.1)))
     assert loose.absent == loose.shared == pytest.approx(0.1) and loose.counts["shared"] == 3
     assert np.array_equal(found.nu_error, diff.nu_error, equal_nan=True) and diff.shared == 0.5
+    # whether others stand for what is weak or absent has to be known
+    blind = replace(diff, nu_reconstruction=np.full(8, np.nan)).calibrate(still)
+    assert blind.kinds == ("shared", *["unsure"] * 6, "silent")
     # what a null pair gained is not ranked
     gained = diff.calibrate(replace(still, surplus=np.full(8, 0.7)))
     assert gained.least_gain == pytest.approx(float((0.49 * diff.variance_frac)[:7].max()))
