@@ -7,7 +7,8 @@
 
 `train` fits a cross-layer transcoder (`clt`), one for each layer (`per-layer`), or either for a single step
 (`clt-one-step`, `per-layer-one-step`: the null), all with 1,024 latents a layer, TopK 16, on the same tokens. `graphs`
-traces the prompts of tales' two tasks, 12 each, as `benchmarks/trace.py` does. `mechanisms` needs no data: in a planted
+traces the prompts of tales' two tasks, 12 each, as `benchmarks/trace.py` does, and ablates the 100 features of the
+largest effects. `mechanisms` needs no data: in a planted
 model of three layers whose third output is y, either layer 2 reads what layer 1 read too (parallel) or what layer 1
 wrote (chain). A cross-layer transcoder cannot tell the two apart; taking away what the first layer writes can.
 """
@@ -102,6 +103,13 @@ def measure_graphs(folder: Path, kind: str, seed: int, n: int) -> dict[str, dict
             "edges": float((features[graph.edge_sources] & features[graph.edge_targets]).sum()),
             "path": mean_path(graph),
             "direct": float(abs(graph.edge_weights[direct]).sum() / abs(graph.edge_weights).sum()),
+        }
+        checked = sl.circuits.validate(graph, model, given, n_ablated=100, n_steered=0, seed=seed, progress=False)
+        found |= {
+            "Spearman": checked.held.spearman,
+            "Spearman, 95 % of shuffles": checked.held.shuffled_95,
+            "Pearson": checked.held.pearson,
+            "Spearman, all responds": checked.live.spearman,
         }
         rows.setdefault(task, []).append(found)
     return {

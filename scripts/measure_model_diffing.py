@@ -6,7 +6,8 @@
 The new register is an inventory: "Here are the things , two hens , three boats , ..." put into every second story. The
 tuned model is trained on such stories, its control for as many steps on stories as before. The texts that activations
 are collected on are the same for both pairs, inventories included, so that a difference is one of the models. A latent
-is of the register where at least half of its firings are in inventories.
+is of the register where at least half of its firings are in inventories. What of the new register is ranked above
+anything in a null pair is counted with the null pair of the same seed, and with those of others, which are independent.
 
 Stages are kept in the folder and not repeated: tune (fine-tunes), diff (crosscoders), compare (an SAE of each model and
 `sl.compare`, beside the crosscoder on the same pair).
@@ -176,44 +177,53 @@ def diff(seed: int, args: argparse.Namespace) -> dict[str, object]:
             "first ten, share in the register": [round(float(inside[j]), 2) for j in first],
             "first ten, gain": [round(float(found.gain[j]), 5) for j in first],
             "first ten, kind": [found.kinds[j] for j in first],
-            "only or weak: of the register": sum(
-                bool(inside[j] >= 0.5) for kind in ("only_b", "weak_in_a") for j in found.top(kind)
-            ),
-            "weak: of them turned": int(found.turned.sum()),
-            **explain_weak(sae, found),
+            "only or weak: kind, strength, standard error, share in the register": [
+                (kind, *(round(float(x[j]), 3) for x in (found.nu_error, found.nu_error_se, inside)))
+                for kind in ("only_a", "only_b", "weak_in_a", "weak_in_b")
+                for j in found.top(kind)
+            ],
+            "of them turned": int(found.turned.sum()),
+            "standard error of strengths, median and 95 %": np.nanquantile(found.nu_error_se, [0.5, 0.95])
+            .round(4)
+            .tolist(),
+            "largest gain": {side: float(max(found.gain[found.rank(side, 1)], default=0)) for side in "ab"},
+            **explain_weak(found),
         }
+        found.save(args.out / f"{other}-{seed}.diff.json")
         if pair == "new register":
             register = inside
+            np.save(args.out / f"{other}-{seed}.npy", inside)
         print(f"seed {seed}, {pair}:", json.dumps(told[pair], indent=1), flush=True)
     null = diffs["null"]
     for level in (0.02, 0.05):
         judged = diffs["new register"].calibrate(null, level)
+        ranked = judged.rank("b")
         told[f"limits of the null pair, level {level}"] = {
             "shared from": judged.shared,
             "new register": judged.counts,
             "null": null.calibrate(null, level).counts,
-            "only or weak: of the register": sum(
-                bool(register[j] >= 0.5) for kind in ("only_b", "weak_in_a") for j in judged.top(kind)
-            ),
+            "ranked in b": len(ranked),
+            "of the register": sum(bool(register[j] >= 0.5) for j in ranked),
+            "median share in the register": float(np.median(register[ranked])) if ranked else None,
         }
     print(f"seed {seed}:", json.dumps({k: v for k, v in told.items() if k.startswith("limits")}, indent=1), flush=True)
     return told
 
 
-def explain_weak(sae: sl.SAE, found: "sl.universality.ModelDiff") -> dict[str, float]:
-    """Is what is weak smaller, or turned? Of weak and of shared latents the median: cosine of the two decoder rows,
-    strength along the stronger row, strength in whatever direction is best, and share of tokens.
+def explain_weak(found: "sl.universality.ModelDiff") -> dict[str, float]:
+    """Is what is weak smaller, or turned, or written by other latents? Of latents whose strength is below `shared` and
+    of shared ones the median: strength along the stronger row, in any direction, of the reconstruction, and what is
+    missing of it in the activations.
     """
-    a, b = sae.W_dec.detach().chunk(2, dim=1)
     figures = {
-        "cosine of rows": torch.cosine_similarity(a, b, dim=1).numpy(),
         "strength": found.nu_error,
         "strength in any direction": found.nu_free,
+        "strength in the reconstruction": found.nu_reconstruction,
+        "surplus": found.surplus,
         "share of tokens": found.firings / found.n_tokens,
-        "share of variance": found.variance_frac,
     }
-    kinds = np.array(found.kinds)
-    groups = {"weak": np.isin(kinds, ("weak_in_a", "weak_in_b")), "shared": kinds == "shared"}
+    known = np.isfinite(found.nu_error_se) & np.isfinite(found.nu_reconstruction)
+    groups = {"low": known & (found.nu_error < found.shared), "shared": known & (found.nu_error >= found.shared)}
     return {
         f"{group}: {name}": round(float(np.median(values[chosen])), 5)
         for group, chosen in groups.items()

@@ -124,7 +124,10 @@ def validate(
     """How well a graph's effects on a logit agree with those in the model itself.
 
     Each feature is taken away at its token alone: what it writes is subtracted from the model's own activation, and
-    what is behind it is computed again, with the model's MLPs and not the transcoders. `AttributionGraph.effects` are
+    what is behind it is computed again, with the model's MLPs and not the transcoders. Of a cross-layer transcoder's
+    feature that is what it writes at its own layer: what it writes at later ones stands for what their MLPs make of
+    that, and these are computed; to subtract it, too, would take it away twice. So its effects agree where the model
+    goes through its layers, and not where the feature skips them without cause. `AttributionGraph.effects` are
     exact where all else is linear; here they are estimates. That is done twice: with attention patterns and norm scales
     held at the prompt's, which is what a graph speaks of, and with everything live. Then the features of the largest
     effects are steered, their codes multiplied, beside others.
@@ -225,12 +228,6 @@ class _Ablation:
         progress: bool,
     ) -> "_Ablation":
         placement = place_dictionaries(model, transcoders, allow_missing=True, allow_mismatch=allow_mismatch)
-        if any(one.later for one in placement.dictionaries):
-            raise ValueError(
-                "`transcoders` must each write to one layer to be validated, got a cross-layer transcoder: what its "
-                "features write at later layers may be what the model's own MLPs do with what they write at the first, "
-                "and would be taken away twice."
-            )
         points = tuple(one.write for one in placement.dictionaries)
         if points != graph.dictionaries:
             raise ValueError(f"The dictionaries must be the graph's, {list(graph.dictionaries)}, got {list(points)}.")

@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
 import torch
@@ -192,15 +192,30 @@ def _place_layers(
         raise ValueError(f"A cross-layer transcoder must have (input, target) for each of {n} layers, got {places}.")
     found = []
     for i, pair in enumerate(places):
-        own = _place(model, clt.layer(i, writes=i), pair, allow_mismatch)
-        found.append(replace(own, sae=clt.layer(i), later=tuple(target for _, target in places[i + 1 :])))
+        later = tuple(target for _, target in places[i + 1 :])
+        found.append(_place(model, clt.layer(i, copy=False), pair, allow_mismatch, later))
     order = [one.place.layer for one in found]
     if order != sorted(set(order)) or len({(one.place.stack, one.place.part) for one in found}) > 1:
         raise ValueError(f"Layers of a cross-layer transcoder must be in the order of the model, got {places}.")
     return found
 
 
-def _place(model: Model, sae: SAE, names: str | tuple[str, str] | None, allow_mismatch: bool) -> PlacedDictionary:
+def _place(
+    model: Model,
+    sae: SAE,
+    names: str | tuple[str, str] | None,
+    allow_mismatch: bool,
+    later: tuple[str, ...] = (),
+) -> PlacedDictionary:
+    """A dictionary where it belongs; ValueError for one that does not fit there.
+
+    Args:
+        model: the language model.
+        sae: the dictionary.
+        names: hook points that it is given with, or None.
+        allow_mismatch: accept other ones than its provenance's.
+        later: hook points that it writes to besides.
+    """
     places = match_places(sae, model, names, allow_mismatch)
     require_threshold(sae)
     if isinstance(sae.cfg.encoder, PursuitEncoder | Refined):
@@ -219,14 +234,14 @@ def _place(model: Model, sae: SAE, names: str | tuple[str, str] | None, allow_mi
         raise ValueError(f"A transcoder must read and write in one block, got '{read}' and '{write}'.")
     if sae.cfg.d_out is not None and PARTS.index(start.part) >= PARTS.index(end.part):
         raise ValueError(f"A transcoder must read before it writes, got '{read}' and '{write}'.")
-    for name, place, width in ((read, start, sae.cfg.d_in), (write, end, sae.cfg.d_target)):
+    for name, place, width in ((read, start, sae.cfg.d_in), (write, end, sae.cfg.d_target // (1 + len(later)))):
         wide = _has_model_width(name, place)
         if wide and width != model.cfg.d_model:
             raise ValueError(
                 f"A dictionary at '{name}' must have the model's width ({model.cfg.d_model}) there, got {width}."
             )
     neurons = _find_neurons(model, write, end) if sae.cfg.d_out is None and end.part == "MLP" else None
-    return PlacedDictionary(sae, read, write, end, neurons=neurons)
+    return PlacedDictionary(sae, read, write, end, later, neurons)
 
 
 def _find_neurons(model: Model, name: str, place: BlockPlace) -> tuple[str, str]:

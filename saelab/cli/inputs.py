@@ -205,8 +205,8 @@ def open_several(saes: list[str], model: str, device: str | None, progress: bool
     """
     chosen = choose_device(device)
     coders = [_open_coder(name, chosen) for name in saes]
-    first = [coder.layer(0) if isinstance(coder, CLT) else coder for coder in coders]
-    needed = sorted({coder.provenance.weight_processing for coder in first if coder.provenance} or {"none"})
+    origins = [(coder.provenances or ()) if isinstance(coder, CLT) else (coder.provenance,) for coder in coders]
+    needed = sorted({one.weight_processing for each in origins for one in each if one} or {"none"})
     if len(needed) > 1:
         raise ValueError(f"SAEs of one graph must be of one processing of the model's weights, got {needed}.")
     return coders, load_model(model, device=chosen, weight_processing=needed[0], progress=progress)

@@ -1,5 +1,7 @@
 """`saelab trace`: the attribution graph of a prompt."""
 
+import os
+import re
 from pathlib import Path
 from typing import Annotated
 
@@ -10,6 +12,8 @@ from saelab.cli.sources import Source
 from saelab.cli.terminal import echo
 
 TRACE = Source("saelab.circuits.tracing:trace")
+SAE_NAME = re.compile(r"[\w.~-]*(?:/[\w.=-]+)+")
+"""of a folder or of the Hub, such as owner/name or release/id"""
 
 
 @options.documented_by(TRACE)
@@ -64,8 +68,12 @@ def trace_prompt(
 
     if page is not None:
         require_page_name(page)
-    if Path(prompt).is_dir():  # the last SAE, where the prompt was forgotten
-        raise ValueError(f"`PROMPT` must be a text after the SAEs, got the folder '{prompt}'.")
+    # the last SAE, where the prompt was forgotten; `Path.exists` raises for texts longer than a file's name
+    if os.path.exists(os.path.expanduser(prompt)) or SAE_NAME.fullmatch(prompt):
+        raise ValueError(
+            f"`PROMPT` must be a text after the SAEs, got '{prompt}', which is the name of a file or an SAE. Put the "
+            "prompt behind it; if it is the prompt, begin it with a space."
+        )
     coders, lm = open_several(saes, model, device, progress)
     graph = trace(
         lm,

@@ -208,7 +208,8 @@ class Rounds(Protocol):
 class ActivationStream:
     """Iterator over shuffled batches (batch_size, d_in) of activations, on the model's device; made by `stream`.
 
-    With a pair of hook points the batches are (batch_size, d_in + d_out): each input with its target appended. Where
+    With a pair of hook points the batches are (batch_size, d_in + d_out): each input with its target appended; with
+    several pairs the inputs of all, and then the targets, which is what a cross-layer transcoder is trained on. Where
     other processes run the model for those that train, it is a context that ends with `close`.
     """
 
@@ -220,8 +221,9 @@ class ActivationStream:
             rounds: where the rows come from.
             batch_size: rows per batch.
         """
-        self.d_in = plan.widths[0]
-        self.d_out = sum(plan.widths[1:]) or None
+        n_inputs = max(1, len(plan.widths) // 2)
+        self.d_in = sum(plan.widths[:n_inputs])
+        self.d_out = sum(plan.widths[n_inputs:]) or None
         "Width of the targets, where the stream is of pairs."
         self.batch_size = batch_size
         self.removed: Counter[str] = Counter()
@@ -237,9 +239,15 @@ class ActivationStream:
         return self._rounds.is_reader
 
     @property
-    def provenance(self) -> Provenance:
-        """Provenance of the activations, with the number of rows read so far."""
-        return replace(self._plan.origin, n_tokens=self._n_tokens, removed=dict(self.removed))
+    def provenance(self) -> Provenance | None:
+        """Provenance of the activations, with the number of rows read so far; None of several pairs."""
+        return self.provenances[0] if len(self.provenances) == 1 else None
+
+    @property
+    def provenances(self) -> tuple[Provenance, ...]:
+        """The same for each pair of an input and its target."""
+        read = {"n_tokens": self._n_tokens, "removed": dict(self.removed)}
+        return tuple(replace(one, **read) for one in self._plan.origins)  # type: ignore[arg-type]
 
     def serve(self) -> None:
         """Run the model for the processes that train until they close the stream; for the processes outside of `mesh`.
@@ -325,7 +333,7 @@ class ActivationStream:
 def stream(
     model: Model | None,
     tokens: Tokens | None,
-    hook_point: str | tuple[str, str],
+    hook_point: str | tuple[str, str] | Sequence[tuple[str, str]],
     *,
     batch_size: int = 4096,
     buffer_tokens: int = BUFFER_TOKENS,
@@ -344,7 +352,8 @@ def stream(
     Args:
         model: the language model; None in a process that trains while others run it.
         tokens: rows of token ids to run it on; None as for `model`.
-        hook_point: name of the hook point; of two it gives the (input, target) pairs that a transcoder is trained on.
+        hook_point: name of the hook point; of two it gives the (input, target) pairs that a transcoder is trained on,
+            and of a list of such pairs, one for each layer in the order of the model, what a `CLT` is.
         batch_size: rows per batch.
         buffer_tokens: rows in the shuffle buffer, at least twice a batch and twice a forward pass.
         seed: seed of the order of sequences and rows.
@@ -372,7 +381,7 @@ def stream(
     links = None if mesh is None else connect(mesh)
     ranks = RankGrid.of(mesh) if mesh is not None and links is None else ALONE
     everyone = ranks if links is None else links.everyone
-    names = [hook_point] if isinstance(hook_point, str) else list(hook_point)
+    names = _list_names(hook_point)
     given = {"batch_size": batch_size, "hook_point": names, "mask": mask.to_dict(), "dtype": str(dtype), "n_seq": n_seq}
     everyone.require_equal(given | {"buffer_tokens": buffer_tokens, "seed": seed, "epochs": epochs})
     forwards: Forwards | None = None
@@ -390,6 +399,19 @@ def stream(
             order = {"seed": seed, "epochs": epochs, "buffer_tokens": buffer_tokens}
             forwards = Forwards(model, tokens, names, mask, dtype, n_seq, order)
     return ActivationStream(*open_rounds(forwards, tokens, ranks, links), batch_size)
+
+
+def _list_names(given: str | tuple[str, str] | Sequence[tuple[str, str]]) -> list[str]:
+    """One hook point, or all inputs and then their targets."""
+    if isinstance(given, str):
+        return [given]
+    pairs = [given] if all(isinstance(one, str) for one in given) else list(given)
+    if not pairs or not all(not isinstance(pair, str) and len(pair) == 2 for pair in pairs):
+        raise ValueError(f"`hook_point` must be a name, (input, target), or a list of such pairs, got {given!r}.")
+    names = [name for side in zip(*pairs, strict=True) for name in side]
+    if len(set(names)) < len(names):
+        raise ValueError(f"`hook_point` must have each name once, got {names}.")
+    return names
 
 
 def _require_buffer(buffer_tokens: int, batch_size: int, n_seq: int, tokens: Tokens) -> None:

@@ -45,7 +45,7 @@ class StreamPlan:
     """What a stream reads, alike in all of its processes."""
 
     hook_points: tuple[str, ...]
-    """one hook point, or two whose rows are put side by side"""
+    """one hook point, or inputs and then targets, whose rows are put side by side"""
     widths: tuple[int, ...]
     """width of the activations at each"""
     dtype: torch.dtype
@@ -64,8 +64,8 @@ class StreamPlan:
     """rows that are shuffled together"""
     settings: dict[str, Any]
     """what a saved state must agree with"""
-    origin: Provenance
-    """provenance of the rows, of which none are read yet"""
+    origins: tuple[Provenance, ...]
+    """provenance of the rows, of which none are read yet: one, or that of each pair of an input and its target"""
 
     def order(self, epoch: int) -> Tensor:
         """The sequences in the order in which an epoch reads them."""
@@ -96,7 +96,7 @@ class StreamPlan:
             "hook_points": tuple(data["hook_points"]),
             "widths": tuple(data["widths"]),
             "dtype": getattr(torch, data["dtype"]),
-            "origin": Provenance.from_dict(data["origin"]),
+            "origins": tuple(Provenance.from_dict(one) for one in data["origins"]),
         }
         return cls(**data | found)
 
@@ -107,7 +107,7 @@ class Forwards:
     Args:
         model: the language model.
         tokens: the text.
-        hook_points: names of the hook points.
+        hook_points: name of the hook point, or names of inputs and as many targets.
         mask: tokens to keep.
         dtype: dtype of the rows; None is the model's.
         n_seq: sequences per forward pass.
@@ -130,7 +130,8 @@ class Forwards:
         self.reader, self.tokens, self.no_rows = reader, tokens, first.new_empty(0, first.shape[1])
         self.request = reader.request(tokens)
         origins = reader.origins(tokens, 0, {}, order["seed"])
-        origin, *target = (origins[name] for name in reader.hook_points)
+        each = [origins[name] for name in reader.hook_points]
+        half = len(each) // 2
         self.plan = StreamPlan(
             **order,
             hook_points=reader.hook_points,
@@ -147,7 +148,7 @@ class Forwards:
                 "hook_point": " to ".join(reader.hook_points),
                 "mask": json.dumps(self.request["mask"]),
             },
-            origin=origin.paired(*target) if target else origin,
+            origins=tuple(map(Provenance.paired, each[:half], each[half:])) or (each[0],),
         )
         self._order = (0, self.plan.order(0))
 
@@ -167,7 +168,7 @@ class Forwards:
 
 
 def side_by_side(reading: ForwardRows) -> Tensor:
-    """Rows of one hook point, or each with its row of the other appended."""
+    """Rows of one hook point, or each with its rows of the others appended."""
     acts = list(reading.acts.values())
     return acts[0] if len(acts) == 1 else torch.cat(acts, dim=1)
 

@@ -81,13 +81,15 @@ def score_sensitivity(
         min_examples: fewest texts that a side must fire on to be scored.
 
     Raises:
-        ValueError: for sizes that disagree and where no text has a paraphrase.
+        ValueError: for sizes that disagree, where no text has a paraphrase, and for numbers below 1.
 
     >>> z = np.eye(3)[[0, 0, 1, 1]]
     >>> found = score_sensitivity(z, np.arange(4), z[[0, 0, 1, 2]], np.arange(4), min_examples=2)
     >>> found.features.tolist(), found.sensitivity.tolist(), found.chance.tolist()
     ([0, 1], [1.0, 0.5], [0.75, 0.25])
     """
+    if n_examples < 1 or min_examples < 1:
+        raise ValueError(f"`n_examples` and `min_examples` must be at least 1, got {n_examples} and {min_examples}.")
     sides = _read(codes, texts, "codes"), _read(other_codes, other_texts, "other_codes")
     known = np.intersect1d(texts[texts >= 0], other_texts[other_texts >= 0])
     if not len(known):

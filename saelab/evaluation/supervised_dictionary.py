@@ -133,17 +133,19 @@ def additive_share(
     Args:
         x: (n, d_in) activations.
         attributes: values of the attributes of each row.
-        n_shuffles: times that the means are exchanged among the combinations.
+        n_shuffles: times that the means are exchanged among the combinations; 0 for none.
         seed: of the exchanges.
 
     Raises:
-        ValueError: as in `fit_supervised_dictionary`.
+        ValueError: as in `fit_supervised_dictionary`, and for a negative number of exchanges.
 
     >>> x = torch.tensor([[0.0], [1.0], [2.0], [3.0]])
     >>> labels = [{"a": "xxyy"[i], "b": "zwzw"[i]} for i in range(4)]
     >>> additive_share(x, labels, n_shuffles=2).explained
     1.0
     """
+    if n_shuffles < 0:
+        raise ValueError(f"`n_shuffles` must be at least 0, got {n_shuffles}; use 0 for no exchanges.")
     fitted = fit_supervised_dictionary(x, attributes)  # checks, and names the values
     kinds = [tuple(sorted(one.items())) for one in attributes]
     numbers = {kind: i for i, kind in enumerate(dict.fromkeys(kinds))}

@@ -40,7 +40,11 @@ def row_topk(sizes: Float[Tensor, "n_rows n"], k: int) -> tuple[Float[Tensor, "n
 
 
 def find_close(
-    size: Float[Tensor, "n d_sae"], largest: Float[Tensor, "n k1"], slack: Float[Tensor, "n"], k: int
+    size: Float[Tensor, "n d_sae"],
+    largest: Float[Tensor, "n k1"],
+    slack: Float[Tensor, "n"],
+    k: int,
+    firing: bool = True,
 ) -> tuple[Int[Tensor, "n_close"], Int[Tensor, "m"], Int[Tensor, "m"]]:
     """Rows whose k-th largest size is too close to the next to decide; and of each of the latents that may be among
     its k largest, the place of its row in these and its number.
@@ -50,9 +54,13 @@ def find_close(
         largest: the k + 1 largest of each row, from `row_topk`.
         slack: difference below which two sizes of a row count as close.
         k: number of latents kept.
+        firing: whether sizes that are not above 0 are dropped, so that none of them needs to be decided.
     """
     last, next_one = largest[:, k - 1], largest[:, k]
-    close = ((last - next_one <= slack) & (last > -slack) & (last != 0)).nonzero()[:, 0]
+    open_ = last - next_one <= slack
+    if firing:
+        open_ &= (last > -slack) & (last != 0)
+    close = open_.nonzero()[:, 0]
     if not len(close):
         return close, close, close
     rows, latents = (size[close] >= (last - slack)[close, None]).nonzero(as_tuple=True)
@@ -125,6 +133,7 @@ def exact_topk(
     bias: Float[Tensor, "d_sae"],
     k: int,
     signed: bool,
+    firing: bool = True,
 ) -> tuple[Int[Tensor, "n_rows k"], Float[Tensor, "n_rows k"]]:
     """Latents and values of each row's k largest, by `ExactSearch`; what is too close to decide is recomputed.
 
@@ -134,6 +143,7 @@ def exact_topk(
         bias: encoder bias.
         k: latents of each row.
         signed: whether the largest are those of |u|.
+        firing: whether what is not above 0 is dropped, so that of it any may be given.
     """
     from saelab.functional.exact_search import ExactSearch
 
@@ -141,7 +151,9 @@ def exact_topk(
     size, slack = values.abs() if signed else values, 2 * bound_rounding(x, W, bias)
     last = size[:, k - 1]
     # a slack that is not finite makes nothing sure: of such rows NaN would be the largest
-    sure = (last - size[:, k] > slack) | (last < -slack) | ((last == 0) & slack.isfinite())
+    sure = last - size[:, k] > slack
+    if firing:
+        sure |= (last < -slack) | ((last == 0) & slack.isfinite())
     sure &= found == values.shape[1]
     indices, kept = latents[:, :k], values[:, :k]
     if bool(sure.all()):
@@ -157,7 +169,7 @@ def exact_topk(
         best = order[_settle(rows[order], names[order], x, W, bias, k, signed)]
         indices[near], kept[near] = names[best], values[near][possible][best]
     if len(far):
-        indices[far], _ = dense_topk(x[far], W, bias, k, signed)
+        indices[far], _ = dense_topk(x[far], W, bias, k, signed, firing)
         kept[far] = score(x, W, bias, far.repeat_interleave(k), indices[far].flatten()).view(-1, k)
     return indices, kept
 
@@ -169,7 +181,8 @@ def largest_latents(
     k: int,
     signed: bool,
 ) -> tuple[Int[Tensor, "n_rows k"], Float[Tensor, "n_rows k"]]:
-    """Latents and values of each row's k largest `u = x W^T + bias`, also where these are negative; not differentiable.
+    """Latents and values of each row's k largest `u = x W^T + bias`, also where these are negative, of equal ones the
+    lowest latent; not differentiable.
 
     Args:
         x: activations.
@@ -181,7 +194,7 @@ def largest_latents(
     >>> largest_latents(torch.tensor([[1.0, -3.0]]), -torch.eye(2), torch.zeros(2), k=2, signed=False)
     (tensor([[1, 0]]), tensor([[ 3., -1.]]))
     """
-    return (exact_topk if finds_exactly(W, k) else dense_topk)(x, W, bias, k, signed)
+    return (exact_topk if finds_exactly(W, k) else dense_topk)(x, W, bias, k, signed, firing=False)
 
 
 def dense_topk(
@@ -190,6 +203,7 @@ def dense_topk(
     bias: Float[Tensor, "d_sae"],
     k: int,
     signed: bool,
+    firing: bool = True,
 ) -> tuple[Int[Tensor, "n_rows k"], Float[Tensor, "n_rows k"]]:
     """Latents and values of each row's k largest, from the dense product, 256 rows at a time.
 
@@ -199,6 +213,7 @@ def dense_topk(
         bias: encoder bias.
         k: latents of each row.
         signed: whether the largest are those of |u|.
+        firing: whether what is not above 0 is dropped, so that of it any may be given.
     """
     indices = torch.empty(len(x), k, dtype=torch.int64, device=x.device)
     values, slack, close = x.new_empty(len(x), k), 2 * bound_rounding(x, W, bias), []
@@ -210,7 +225,7 @@ def dense_topk(
         indices[part] = found[:, :k]
         values[part] = u.gather(1, indices[part])
         if k < len(W):
-            near, rows, latents = find_close(size, largest, slack[part], k)
+            near, rows, latents = find_close(size, largest, slack[part], k, firing)
             close.append((start + near[rows], latents, u[near[rows], latents]))
     if any(len(rows) for rows, _, _ in close):
         rows, latents, u = (torch.cat(columns) for columns in zip(*close, strict=True))

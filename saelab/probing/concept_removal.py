@@ -370,8 +370,11 @@ def erase_concept(
 
     Raises:
         ValueError: where the concept is unknown or too rare, without an SAE where "features" or the SAE's hook point
-            are needed, and for an SAE of another model, weight processing or hook point (unless `allow_mismatch`).
+            are needed, for an SAE of another model, weight processing or hook point (unless `allow_mismatch`), and for
+            a negative number of draws.
     """
+    if n_random < 0:
+        raise ValueError(f"`n_random` must be at least 0, got {n_random}; use 0 for no random controls.")
     given = TokenLabels.of(labels)
     require_shape(given.shape, tokens)
     point = _find_point(model, sae, hook_point, allow_mismatch)

@@ -68,6 +68,8 @@ def collect_labeled(
     >>> collect_labeled(model, tokens, tokens.ids == int(tokens.ids[0, 1]), "blocks.1.hook_resid_post", n_tokens=4)
     LabeledActivations(2 of 4 true, d_in=32)
     """
+    if n_tokens < 2:
+        raise ValueError(f"`n_tokens` must be at least 2, one of each class, got {n_tokens}.")
     marks = pick_marks(labels, concept)
     require_shape(marks.shape, tokens)
     keep = mask.apply(tokens).keep

@@ -301,6 +301,8 @@ def find_documents(codes: Any, doc_ids: Any) -> Any:
 def choose_rows(documents: np.ndarray, n_tokens: int, seed: int) -> Bool[np.ndarray, "n"]:
     """Mask of the tokens used, those of some documents where there are too many."""
     n = len(documents)
+    if n_tokens < 1:
+        raise ValueError(f"`n_tokens` must be at least 1, got {n_tokens}.")
     return np.ones(n, bool) if n <= n_tokens else split_documents(documents, n_tokens / n, seed)
 
 

@@ -88,7 +88,7 @@ class CLT(CLTModule):
 
         Args:
             acts: (inputs, targets): inputs of all layers joined in the order of the model, outputs likewise; or tensors
-                with all layers side by side.
+                with all layers side by side; or a stream of (input, target) of every layer, see `sl.stream`.
             cfg: training configuration; None is `TrainConfig()`.
             out: folder for history and checkpoints; None writes nothing.
             resume: continue from the last checkpoint in `out`, on a CPU with the same number of threads bit for bit.
@@ -101,7 +101,7 @@ class CLT(CLTModule):
                 not of the same tokens, too little data, and a folder that does not go with `resume`.
         """
         data, cfg = open_data(acts), cfg or TrainConfig()
-        places = check_layers(self.cfg, data)
+        check_layers(self.cfg, data)
         with ExitStack() as held:
             held.enter_context(computing_in(None, self.device.type))
             if out is not None:
@@ -110,7 +110,7 @@ class CLT(CLTModule):
             train(run, resume=resume, sinks=sinks, progress=progress)
             others = run.peek(MAX_TOKENS) if run.held_out is None or len(run.held_out) == 0 else run.held_out[:0]
             saved = finish_clt(self, run.held_out, others)
-        self.provenances, self.history_ = places, run.history
+        self.provenances, self.history_ = check_layers(self.cfg, data), run.history  # a stream has counted its tokens
         self.training_ = _describe_training(run, saved)
         return self
 
@@ -134,8 +134,8 @@ class CLT(CLTModule):
             [TrainingCLT(self, cfg, self.placed or self.training_ is not None)], batches, cfg, kept, out, resume
         )
 
-    def layer(self, number: int, writes: int | None = None) -> SAE:
-        """The transcoder that a layer's latents are, copied, with the normalizers folded in.
+    def layer(self, number: int, writes: int | None = None, *, copy: bool = True) -> SAE:
+        """The transcoder that a layer's latents are, with the normalizers folded in.
 
         It has the codes of that layer, so that its features are shown and counted as any transcoder's; it writes the
         layer's own output and all later ones side by side, or one of them. The reconstructions of all layers add up to
@@ -144,6 +144,8 @@ class CLT(CLTModule):
         Args:
             number: number of the layer, counted from the first that is read.
             writes: number of the layer whose output it writes; None is all, from its own on.
+            copy: whether its weights are copies; else those that need no folding are this transcoder's own, and take no
+                memory of their own.
 
         Raises:
             ValueError: for a layer that does not exist or that it does not write.
@@ -157,7 +159,7 @@ class CLT(CLTModule):
             raise ValueError(f"`number` must be in 0..{n - 1}, got {number}.")
         if writes is not None and not number <= writes < n:
             raise ValueError(f"`writes` must be in {number}..{n - 1}, as a layer writes no earlier one, got {writes}.")
-        cfg, held = self.fold_layer(number)
+        cfg, held = self.fold_layer(number, copy)
         if writes is not None:
             columns = slice((writes - number) * d, (writes - number + 1) * d)
             cfg = replace(cfg, d_out=d)
@@ -408,7 +410,7 @@ def check_layers(cfg: CLTConfig, acts: Activations | ActivationPairs | Batches) 
             f"{given}; join all layers: (Activations.join(inputs), Activations.join(targets))."
         )
     if not isinstance(acts, ActivationPairs):
-        return None
+        return _check_stream(cfg, getattr(acts, "provenances", None))
     sides: list[list[Provenance]] = []
     for side, width in ((acts.inputs, cfg.d_in), (acts.targets, cfg.d_target)):
         if side.sources is not None and [source.d_in for source in side.sources] != [width] * cfg.n_layers:
@@ -419,11 +421,22 @@ def check_layers(cfg: CLTConfig, acts: Activations | ActivationPairs | Batches) 
         if (origins := _list_origins(side)) is None:
             return None
         sides.append(origins)
-    blocks = [[_find_block(one.hook_point) for one in side] for side in sides]
-    if blocks[0] != blocks[1] or blocks[0] != sorted(set(blocks[0])):
-        places = [(read.hook_point, written.hook_point) for read, written in zip(*sides, strict=True)]
-        raise ValueError(f"Layers must be joined in the order of the model, inputs as targets, got {places}.")
+    _check_order([(read.hook_point, written.hook_point) for read, written in zip(*sides, strict=True)])
     return tuple(read.paired(written) for read, written in zip(*sides, strict=True))
+
+
+def _check_stream(cfg: CLTConfig, origins: Any) -> tuple[Provenance, ...] | None:
+    """Origin of each layer's pairs in a stream, where it tells."""
+    if not isinstance(origins, tuple) or len(origins) != cfg.n_layers:
+        return None
+    _check_order([(one.hook_point, one.hook_point_out or "") for one in origins])
+    return origins
+
+
+def _check_order(places: Sequence[tuple[str, str]]) -> None:
+    read, written = ([_find_block(pair[side]) for pair in places] for side in (0, 1))
+    if read != written or read != sorted(set(read)):
+        raise ValueError(f"Layers must be joined in the order of the model, inputs as targets, got {places}.")
 
 
 def _list_origins(acts: Activations) -> list[Provenance] | None:

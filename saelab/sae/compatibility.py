@@ -45,7 +45,8 @@ def require_one_source(sae: SAE) -> None:
     if sae.cfg.sources is not None:
         raise ValueError(
             f"An SAE must read one hook point to be used on a model, got a crosscoder of "
-            f"{[source.name for source in sae.cfg.sources]}; take one of them: sae.source(name)."
+            f"{[source.name for source in sae.cfg.sources]}; take one of them: sae.source(name), and of its store "
+            "store.at_source(name)."
         )
 
 

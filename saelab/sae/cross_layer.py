@@ -220,7 +220,7 @@ class CLTModule(nn.Module):
 
     @in_own_dtype
     @torch.no_grad()
-    def fold_layer(self, number: int) -> tuple[SAEConfig, dict[str, Tensor]]:
+    def fold_layer(self, number: int, copy: bool = True) -> tuple[SAEConfig, dict[str, Tensor]]:
         """Configuration and weights of the transcoder that a layer's latents are, in the activations' units.
 
         Its bias has `b_dec` for its own output and 0 for later ones, so that the reconstructions of all layers add up
@@ -228,16 +228,16 @@ class CLTModule(nn.Module):
 
         Args:
             number: number of the layer, counted from the first that is read.
+            copy: whether weights that need no folding are copied; else they are this transcoder's own.
         """
         layer, read, cfg = self.layers[number], self.normalizers[number], self.cfg
-        held = {name: tensor.clone() for name, tensor in layer.state_dict().items()}
+        held = {name: tensor.clone() if copy else tensor for name, tensor in layer.state_dict().items()}
         if read.kind != "none":
             held["W_enc"] = read.fold_into(layer.W_enc).T.contiguous().T  # latent by latent, as in every SAE
             held["b_enc"] = (exact(layer.b_enc) - exact(read.mean) @ exact(held["W_enc"])).to(layer.b_enc)
-        rows = zip(self.target_normalizers[number:], layer.W_dec.split(cfg.d_target, dim=1), strict=True)
-        held["W_dec"] = torch.cat(
-            [part if to.kind == "none" else to.apply_matrix(part, to.inverse) for to, part in rows], dim=1
-        ).detach().clone()  # fmt: skip
+        if cfg.normalizer != "none":
+            rows = zip(self.target_normalizers[number:], layer.W_dec.split(cfg.d_target, dim=1), strict=True)
+            held["W_dec"] = torch.cat([to.apply_matrix(part, to.inverse) for to, part in rows], dim=1).detach()
         own = self.unnormalize(self.b_dec).detach()[number * cfg.d_target : (number + 1) * cfg.d_target]
         held["b_dec"] = pad(own, (0, (cfg.n_layers - number - 1) * cfg.d_target))
         return replace(cfg.layer(number), dictionary="free"), held

@@ -94,6 +94,8 @@ class SparseCoder(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimat
             normalizer=self.normalizer,
             init=self.init,
         )
+        if self.n_tokens < 1:
+            raise ValueError(f"`n_tokens` must be at least 1, got {self.n_tokens}.")
         seed = int(check_random_state(self.random_state).randint(2**31 - 1))
         size = min(self.batch_size, len(rows))
         budget = TrainConfig(n_tokens=max(self.n_tokens, size), batch_size=size, lr=self.lr, seed=seed, n_held_out=0)

@@ -12,7 +12,7 @@ from saelab.functional.sparse_products import GradientMemory
 from saelab.functional.threshold_search import search_near
 from saelab.sae.activation_functions import SPARSE_FRAC, JumpReLU
 from saelab.sae.activation_registry import Activation
-from saelab.sae.competition import search_among
+from saelab.sae.competition import activate_among, search_among
 from saelab.sae.module import SAEModule
 from saelab.training.ranks import RankGrid
 
@@ -96,6 +96,51 @@ def attach_codes(
     if sae.cfg.activation.gated:
         return values, entries, sae.gate(u, found.indices).relu()
     return values, entries, sae.cfg.activation.penalty(u, values, threshold)
+
+
+def activate_dense(
+    sae: SAEModule, activation: Activation, read: Float[Tensor, "n_tokens d_in"], ranks: RankGrid
+) -> tuple[Float[Tensor, "n_tokens d_sae"], Float[Tensor, "n_tokens d_sae"], Tensor | None]:
+    """All codes in training, pre-activations, and the activation's penalty of each code.
+
+    Args:
+        sae: the SAE, with this process's latents.
+        activation: activation function of the step.
+        read: what W_enc is applied to.
+        ranks: processes among which tokens and latents are divided.
+    """
+    u = read @ sae.W_enc + sae.b_enc
+    z = activate_among(activation, u, sae.threshold, ranks)
+    return z, u, sae.gate(u).relu() if activation.gated else activation.penalty(u, z, sae.threshold)
+
+
+def see_dense(z: Float[Tensor, "n_tokens d_sae"]) -> tuple[Tensor, Tensor, Tensor]:
+    """Latents that fired, L0, and the smallest code, of all codes.
+
+    >>> see_dense(torch.tensor([[0.0, -2.0], [0.0, 1.0]]))
+    (tensor([False,  True]), tensor(1.), tensor(1.))
+    """
+    size = z.detach().abs()
+    fires = size > 0
+    return fires.any(0), fires.sum() / len(z), find_smallest(size)
+
+
+def see_entries(
+    values: Float[Tensor, "nnz"], entries: Entries, d_sae: int, n_tokens: int, kept: Float[Tensor, "m"] | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The same of codes at their entries.
+
+    Args:
+        values: the codes.
+        entries: their entries.
+        d_sae: number of latents.
+        n_tokens: number of tokens.
+        kept: sizes that the smallest code is of; None is those of all.
+    """
+    size = values.detach().abs()
+    fired = torch.zeros(d_sae, dtype=torch.bool, device=values.device)
+    fired[entries.indices[size > 0]] = True
+    return fired, (size > 0).sum() / n_tokens, find_smallest(size if kept is None else kept)
 
 
 def find_smallest(size: Float[Tensor, "*shape"]) -> Float[Tensor, ""]:

@@ -21,7 +21,7 @@ from saelab.sae.fitting import PART, REACH, TOLERANCE, cut_to, split_held_out, t
 from saelab.sae.objectives.reconstruction import ReconstructionLoss
 from saelab.sae.objectives.terms import TrainingStep
 from saelab.sae.placement import SCALE_TOKENS, place_weights
-from saelab.sae.step_codes import StepCodes, attach_codes, find_smallest, search_codes
+from saelab.sae.step_codes import StepCodes, activate_dense, attach_codes, search_codes, see_dense, see_entries
 from saelab.sae.training_sae import StepLosses, TrainingSAE
 from saelab.training.config import TrainConfig
 from saelab.training.optimizer import differentiate
@@ -168,7 +168,7 @@ class TrainingCLT:
         steps = []
         for one, found, x, start, penalty in zip(self.layers, coded, inputs, cfg.starts, penalties, strict=True):
             codes = StepCodes(errors, residual[:, start:], penalty, found.seen, found.sparse, found.dense)
-            step = one.make_step(x, y[:, start:], one.sae.W_dec, codes)
+            step = one.make_step(x, y[:, start:], one.sae.W_dec, codes, weights=weights[start:])
             own = _weigh(one, step)
             for name, loss in own.items():
                 terms[name] = terms.get(name, 0) + loss / cfg.n_layers
@@ -225,17 +225,11 @@ class _LayerCodes:
         with torch.no_grad():
             found, silent = search_codes(sae, activation, x, ALONE, unread=True)
         if found is None:
-            u = x @ sae.W_enc + sae.b_enc
-            z = activation(u, sae.threshold, training=True)
-            size = z.detach().abs()
-            seen = (size > 0).any(0), (size > 0).sum() / len(x), find_smallest(size)
-            return cls(z @ sae.W_dec, activation.penalty(u, z, sae.threshold), seen, dense=z)
+            z, _, penalty = activate_dense(sae, activation, x, ALONE)
+            return cls(z @ sae.W_dec, penalty, see_dense(z), dense=z)
         values, entries, penalty = attach_codes(sae, found, (x, None, x), one.memory["W_enc"])
-        size = values.detach().abs()
-        fired = torch.zeros(len(sae.W_dec), dtype=torch.bool, device=x.device)
-        fired[entries.indices[size > 0]] = True
         part = decode_entries(values, sae.W_dec, entries, one.memory["W_dec"])
-        seen = fired, (size > 0).sum() / len(x), find_smallest(size)
+        seen = see_entries(values, entries, len(sae.W_dec), len(x), one.find_kept(values.detach().abs(), len(x)))
         return cls(part, penalty, seen, silent, (values, entries))
 
 

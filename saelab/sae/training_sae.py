@@ -16,7 +16,6 @@ from saelab.functional.metrics import ReconstructionSums, nested_error
 from saelab.functional.sparse_products import GradientMemory, SparseGradients
 from saelab.sae.activation_functions import MIN_THRESHOLD, ReLU
 from saelab.sae.activation_registry import Activation
-from saelab.sae.competition import activate_among
 from saelab.sae.encoders import PursuitEncoder
 from saelab.sae.module import SAEModule
 from saelab.sae.objectives.reconstruction import ReconstructionLoss
@@ -26,7 +25,7 @@ from saelab.sae.placement import normalize_rows, place_weights, reorder_latents
 from saelab.sae.sharding import LATENT_AXIS, reconstruct_among
 from saelab.sae.soft_frozen import SoftFrozen, project_to_cones
 from saelab.sae.source_views import read_inputs
-from saelab.sae.step_codes import StepCodes, attach_codes, find_smallest, search_codes
+from saelab.sae.step_codes import StepCodes, activate_dense, attach_codes, search_codes, see_dense, see_entries
 from saelab.training.config import TrainConfig
 from saelab.training.optimizer import differentiate, project_gradient
 from saelab.training.ranks import ALONE, RankGrid
@@ -186,6 +185,7 @@ class TrainingSAE:
         W_dec: Float[Tensor, "d_sae d_out"],
         coded: StepCodes,
         b_read: Float[Tensor, "d_in"] | None = None,
+        weights: Float[Tensor, "d_out"] | None = None,
     ) -> TrainingStep:
         """What the loss terms of a step read.
 
@@ -195,6 +195,7 @@ class TrainingSAE:
             W_dec: the decoder in this step.
             coded: codes of the batch with their reconstruction errors.
             b_read: bias that is subtracted from x; None where nothing is.
+            weights: factor on the squared error of each output; None where all are alike.
         """
         return TrainingStep(
             self.sae,
@@ -215,6 +216,7 @@ class TrainingSAE:
             ranks=self.ranks,
             b_read=b_read,
             memory=self.memory,
+            weights=weights,
         )
 
     def weigh(self, step: TrainingStep, seen: tuple[Tensor, Tensor, Tensor]) -> StepLosses:
@@ -295,11 +297,8 @@ class TrainingSAE:
         penalty: Tensor | None,
     ) -> StepCodes:
         """Errors of the groups from codes at the given entries; `centered` is y - b_dec, if known."""
-        sae, n, indices = self.sae, len(y), entries.indices
-        size = values.detach().abs()
-        fired = torch.zeros(len(W_dec), dtype=torch.bool, device=y.device)
-        fired[indices[size > 0]] = True
-        seen = (fired, (size > 0).sum() / n, find_smallest(self._kept(size, n)))
+        sae, n = self.sae, len(y)
+        seen = see_entries(values, entries, len(W_dec), n, self.find_kept(values.detach().abs(), n))
         group, n_groups = self._group(values, entries, n)
         parts, ordered = entries, values
         if n_groups > 1:
@@ -310,7 +309,7 @@ class TrainingSAE:
         )
         return StepCodes(errors, residual, penalty, seen, (values, entries))
 
-    def _kept(self, size: Tensor, n_tokens: int) -> Tensor:
+    def find_kept(self, size: Float[Tensor, "nnz"], n_tokens: int) -> Float[Tensor, "m"]:
         """The magnitudes that a running threshold keeps in inference, fewer where training keeps more."""
         k = getattr(self.sae.cfg.activation, "k", None)
         if (
@@ -357,9 +356,7 @@ class TrainingSAE:
         sae = self.sae
         if read is None:
             read = x if b_read is None else x - b_read
-        u = read @ sae.W_enc + sae.b_enc
-        z = activate_among(activation, u, sae.threshold, self.ranks)
-        penalty = sae.gate(u).relu() if activation.gated else activation.penalty(u, z, sae.threshold)
+        z, u, penalty = activate_dense(sae, activation, read, self.ranks)
         if type(sae.cfg.reconstruction).group is not ReconstructionLoss.group:
             coded = self._decode_step(*find_entries(z), y, W_dec, None, penalty)
             return replace(coded, dense=z, u=u)
@@ -367,10 +364,7 @@ class TrainingSAE:
         groups = zip([0, *ends], ends, strict=False)
         parts = torch.stack([z[:, start:end] @ W_dec[start:end] for start, end in groups])
         errors, residual = nested_error(y - sae.b_dec, self.ranks.latents.sum(parts))
-        size = z.detach().abs()
-        fires = size > 0
-        seen = (fires.any(0), fires.sum() / len(x), find_smallest(size))
-        return StepCodes(errors, residual, penalty, seen, None, z, u)
+        return StepCodes(errors, residual, penalty, see_dense(z), None, z, u)
 
     def differentiate(self, loss: Float[Tensor, ""]) -> SparseGradients:
         """Differentiate a loss: gradients are in `.grad` but for those returned, of wide weights of one process."""

@@ -344,8 +344,11 @@ class FeatureStore:
 
     def spread(self, n_tokens: int) -> "FeatureStore":
         """A store of about `n_tokens` of these tokens: shards evenly spaced over the text, or this store if it has no
-        more. Rows are renumbered from 0; the folder, and with it the file of labels, is the same.
+        more. Rows are renumbered from 0; the folder, and with it the file of labels, is the same. ValueError for less
+        than 1.
         """
+        if n_tokens < 1:
+            raise ValueError(f"`n_tokens` must be at least 1, got {n_tokens}.")
         if len(self) <= n_tokens:
             return self
         shards = len(self._shards)

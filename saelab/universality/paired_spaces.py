@@ -390,11 +390,12 @@ def score_pairs(
         x: (n, d) rows.
         y: (n, d) their partners.
         doc_ids: document of each row, where rows are tokens; shuffled pairings then keep runs of neighbors.
-        n_shuffles: number of shuffled pairings.
+        n_shuffles: number of shuffled pairings; 0 for none.
         seed: of the shuffles, and of the rows that are searched.
 
     Raises:
-        ValueError: for rows that are not pairs of one width, fewer than 3, and values that are not finite.
+        ValueError: for rows that are not pairs of one width, fewer than 3, values that are not finite, and a negative
+            number of shuffles.
 
     >>> x = torch.randn(50, 4, generator=torch.Generator().manual_seed(0))
     >>> score_pairs(x, x)["top1"].value
@@ -404,6 +405,8 @@ def score_pairs(
         raise ValueError(f"`x` and `y` must be pairs of one width, at least 3, got {tuple(x.shape)}, {tuple(y.shape)}.")
     if not (x.isfinite().all() and y.isfinite().all()):
         raise ValueError("`x` and `y` must be finite, got NaN or infinity; leave those pairs out.")
+    if n_shuffles < 0:
+        raise ValueError(f"`n_shuffles` must be at least 0, got {n_shuffles}; use 0 for no shuffled pairings.")
     x, y = exact(x).cpu(), exact(y).cpu()
     drawing, shuffling = np.random.default_rng(seed).spawn(2)
     n, documents = len(y), None if doc_ids is None else np.asarray(doc_ids)

@@ -65,11 +65,12 @@ class SpaceMap:
             ridge_chosen=self.ridge_chosen, origin_a=self.origin_b, origin_b=self.origin_a,
         )  # fmt: skip
 
-    def apply(self, x: Float[Tensor, "*batch d_a"]) -> Float[Tensor, "*batch d_b"]:
-        """Activations of a in b's space, in their own dtype."""
+    def apply(self, x: Float[Tensor, "*batch d_a"] | Int[Tensor, "*batch d_a"]) -> Float[Tensor, "*batch d_b"]:
+        """Activations of a in b's space, in their own dtype; integers are read as float32."""
         if x.shape[-1] != len(self.mean_a):
             raise ValueError(f"Activations must be as wide as a's space ({len(self.mean_a)}), got {tuple(x.shape)}.")
-        return ((x.to(self.mean_a) - self.mean_a) @ self.W + self.mean_b).to(x)
+        found = (x.to(self.mean_a) - self.mean_a) @ self.W + self.mean_b
+        return found.to(x) if x.is_floating_point() else found.to(x.device)
 
     def carry_probe(
         self, weight: Float[Tensor, "*n d_a"], bias: Float[Tensor, "*n"] | None = None
@@ -169,12 +170,13 @@ class SpaceMap:
             b: (n, d_b) their partners.
             doc_ids: document of each row, where rows are tokens; shuffled pairings then keep runs of neighbors. None
                 takes those of collected activations.
-            n_shuffles: number of shuffled pairings.
+            n_shuffles: number of shuffled pairings; 0 for none.
             seed: of the shuffles, and of the at most 2,000 rows among which partners are searched.
             allow_mismatch: accept activations of other models or hook points than the pairs'.
 
         Raises:
-            ValueError: for rows that are not pairs, or of other widths, models or hook points.
+            ValueError: for rows that are not pairs, or of other widths, models or hook points, and a negative number
+                of shuffles.
         """
         x, y, documents = read_pairs(a, b, doc_ids)
         for side, rows, origin in (("a", a, self.origin_a), ("b", b, self.origin_b)):

@@ -111,6 +111,67 @@ def test_one_that_writes_only_its_own_layer_is_a_set_of_transcoders(model: Any) 
     assert graphs[0].replacement_score == pytest.approx(graphs[1].replacement_score, abs=1e-3)
 
 
+def test_placing_takes_no_memory_where_nothing_has_to_be_folded(model: Any) -> None:
+    for normalizer in ("none", "scale"):
+        clt = make_clt(normalizer=normalizer)
+        before = {name: weight.clone() for name, weight in clt.state_dict().items()}
+        placed = place_dictionaries(model, {PLACES: clt}).dictionaries
+        for layer, one in zip(clt.layers, placed, strict=True):
+            for name in ("W_enc", "W_dec"):
+                shared = getattr(layer, name).data_ptr() == getattr(one.sae, name).data_ptr()
+                assert shared == (normalizer == "none"), name
+        trace(model, {PLACES: clt}, PROMPT)
+        assert all(torch.equal(weight, before[name]) for name, weight in clt.state_dict().items())
+        assert clt.layers[0].W_dec.grad is None and clt.layers[0].W_dec.requires_grad
+    alone = make_clt(normalizer="none")
+    with torch.no_grad():
+        alone.layer(1).W_dec.zero_()  # a copy, unless it is asked for otherwise
+    assert alone.layers[1].W_dec.any()
+
+
+def test_validation_takes_away_what_a_feature_writes_at_its_own_layer(model: Any) -> None:
+    clt = make_clt(normalizer="scale")
+    graph = trace(model, {PLACES: clt}, PROMPT, targets="a")
+    checked = validate(graph, model, {PLACES: clt}, n_ablated=None, n_steered=2, progress=False)
+    ids, token = torch.from_numpy(graph.token_ids)[None], int(graph.features[-1])
+
+    def value() -> float:
+        logits = sl.lm.logits(model, ids)[0, -1].double()
+        return float(logits[token] - logits[: model.tokenizer.vocab_size].mean())
+
+    clean = value()
+    for layer in range(N):
+        node = int(np.flatnonzero(graph.layers[checked.nodes] == layer)[3])
+        j, position = int(graph.features[checked.nodes[node]]), int(graph.positions[checked.nodes[node]])
+        row = clt.layer(layer, writes=layer).directions([j])[0] * float(graph.activations[checked.nodes[node]])
+
+        def edit(x: torch.Tensor, position: int = position, row: torch.Tensor = row) -> torch.Tensor:
+            x[0, position] -= row
+            return x
+
+        with sl.splice(model, {PLACES[layer][1]: edit}):
+            assert checked.exact_live[node] == pytest.approx(clean - value(), rel=1e-3, abs=1e-5)
+    # of the last layer that is all, and what is behind it is linear when patterns and scales are held
+    last = graph.layers[checked.nodes] == N - 1
+    np.testing.assert_allclose(checked.exact[last], checked.estimates[last], rtol=1e-2, atol=1e-4)
+    assert not np.allclose(checked.exact[~last], checked.estimates[~last], rtol=1e-2, atol=1e-4)
+
+
+def test_validation_of_one_that_writes_only_its_own_layer_is_that_of_transcoders(model: Any) -> None:
+    clt = make_clt(normalizer="none")
+    with torch.no_grad():
+        for layer in clt.layers:
+            layer.W_dec[:, D:] = 0
+    alone = {place: clt.layer(i, writes=i) for i, place in enumerate(PLACES)}
+    one, other = (
+        validate(trace(model, given, PROMPT), model, given, n_ablated=None, n_steered=2, progress=False)
+        for given in ({PLACES: clt}, alone)
+    )
+    np.testing.assert_allclose(one.exact, other.exact, rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(one.exact_live, other.exact_live, rtol=1e-4, atol=1e-6)
+    assert one.held.spearman == pytest.approx(other.held.spearman, abs=1e-3)
+
+
 def graph_matrix(graph: AttributionGraph) -> np.ndarray:
     found = np.zeros((len(graph), len(graph)))
     np.add.at(found, (graph.edge_targets, graph.edge_sources), graph.edge_weights)
@@ -140,9 +201,6 @@ def test_what_is_refused(model: Any) -> None:
     for given, complaint in cases:
         with pytest.raises(ValueError, match=complaint):
             trace(model, given, PROMPT)
-    graph = trace(model, {PLACES: clt}, PROMPT)
-    with pytest.raises(ValueError, match="must each write to one layer"):
-        validate(graph, model, {PLACES: clt}, progress=False)
     with pytest.raises(ValueError, match="must cover the MLPs of all 3 layers"):
         trace(model, {PLACES[:2]: CLT(CLTConfig(n_layers=2, d_in=D, d_sae=48, activation=sl.TopK(k=4)))}, PROMPT)
     assert cover(model)  # as many transcoders as layers

@@ -28,6 +28,14 @@ def test_a_graph_is_traced_checked_and_written(tiny, tiny_tokens, capsys, tmp_pa
     words = ["trace", "tiny", str(tmp_path / "sae"), "A fox", "--no-progress"]
     assert dispatch(words) == 2 and "--allow-missing" in capsys.readouterr().err
     assert dispatch(["trace", "tiny", *[str(tmp_path / "sae")] * 2]) == 2 and "`PROMPT`" in capsys.readouterr().err
+    for forgotten in ("owner/name", "release/blocks.0/width_16k", "./sae", str(tmp_path / "sae" / "config.json")):
+        assert dispatch(["trace", "tiny", str(tmp_path / "sae"), forgotten]) == 2
+        told = capsys.readouterr().err
+        assert f"`PROMPT` must be a text after the SAEs, got '{forgotten}'" in told and "begin it with a space" in told
+    # longer than a file's name may be, and of no user: texts, of which the dictionary is what is wrong
+    for text in ("A fox " * 100, "~nobody sees", "and / or"):
+        assert dispatch(["trace", "tiny", str(tmp_path / "sae"), text]) == 2
+        assert "--allow-missing" in capsys.readouterr().err
     words += ["--allow-missing", "--target", "a", "--target", "b", "--nodes", "0.9"]
     assert dispatch([*words, "--page", str(tmp_path / "page.txt")]) == 2 and ".html" in capsys.readouterr().err
     files = [
@@ -69,4 +77,4 @@ def test_a_cross_layer_transcoder_is_recognized(tiny, tiny_tokens, capsys, tmp_p
     np.testing.assert_allclose(
         AttributionGraph.load(tmp_path / "graph.json").edge_weights, expected.edge_weights, rtol=1e-4, atol=1e-6
     )
-    assert dispatch([*words, "--check"]) == 2 and "must each write to one layer" in capsys.readouterr().err
+    assert dispatch([*words, "--check"]) == 0 and "Spearman" in capsys.readouterr().out

@@ -26,6 +26,9 @@ def test_meaning_is_found_again_and_wording_is_not():
         score_sensitivity(z, np.arange(200), other, np.full(200, -1))
     with pytest.raises(ValueError, match="must have a row for each"):
         score_sensitivity(z, np.arange(9), other, np.arange(200))
+    for wrong in ({"n_examples": 0}, {"min_examples": -1}):
+        with pytest.raises(ValueError, match="must be at least 1, got"):
+            score_sensitivity(z, np.arange(200), other, np.arange(200), **wrong)
 
 
 def test_as_a_loop():

@@ -73,6 +73,8 @@ def test_sums_explain_planted_sums_and_of_shuffled_ones_as_much_as_chance():
     other = additive_share(x, attributes, n_shuffles=0)
     assert other.explained == pytest.approx(1 - float(rest.square().sum() / centered.square().sum()), abs=1e-5)
     assert other.explained < 0.99 and np.isnan(other.shuffled)
+    with pytest.raises(ValueError, match="`n_shuffles` must be at least 0, got -1"):
+        additive_share(x, attributes, n_shuffles=-1)
 
 
 def test_an_edit_of_an_attribute_is_the_other_prompt():
@@ -410,6 +412,7 @@ def test_removal_refuses_what_makes_no_sense(planted):
         ({"methods": ("magic",)}, "`methods` must be of"),
         ({"sae": None, "methods": ("features",)}, "'features' with an SAE"),
         ({"labels": {}}, "Labels must have at least one name"),
+        ({"n_random": -1}, "`n_random` must be at least 0, got -1"),
         ({"labels": {"bit 0": labels["bit 0"] & (tokens.doc_ids == 0)}}, "must hold, and not hold, of 20 tokens"),
     ):
         options = {"concept": "bit 0", "labels": labels, "sae": sae, "hook_point": FIRST} | change

@@ -5,8 +5,9 @@ import torch
 from torch.nn.functional import one_hot
 
 import saelab as sl
+from saelab.functional import row_topk
 from saelab.functional.activation_functions import keep_batch_topk, keep_group_max, keep_topk
-from saelab.functional.row_topk import topk_latents
+from saelab.functional.row_topk import largest_latents, topk_latents
 from saelab.functional.screening import first_largest, largest_first
 from saelab.functional.topk import batch_topk_entries, search_batch_topk, search_group_max, search_topk
 from saelab.sae.activation_functions import AbsTopK, BatchAbsTopK, BatchTopK, GroupMax, TopK
@@ -112,6 +113,26 @@ def test_copies_of_a_latent_win_in_order_on_every_path(signed):
     batches = [search_batch_topk(x, W, bias, 20, signed, precision).to_dense() != 0 for precision in PRECISIONS]
     assert all(torch.equal(batch, batches[0]) for batch in batches)
     assert_first_copies(batches[0], kind)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("k", [1, 12, 100])
+def test_of_equal_values_below_zero_the_lowest_latents_are_the_largest(k, compiled, monkeypatch):
+    """As dead latents have them, of which the largest are asked for though none fires."""
+    if not compiled:
+        monkeypatch.setattr(row_topk, "finds_exactly", lambda W, k: False)
+    x, W, bias = whole_numbers()
+    x[3] = 0
+    for shift in (0, -100):  # some are at zero, or all below it
+        wanted = by_rule(x @ W.T + bias + shift, k)
+        for rows in (1, 9, len(x)):
+            found = torch.cat([largest_latents(part, W, bias + shift, k, False)[0] for part in x.split(rows)])
+            assert found.sort(1).values.tolist() == [sorted(row) for row in wanted], (shift, rows)
+    x, W, bias, kind = copies()
+    bias = bias - 100
+    found = [torch.cat([largest_latents(part, W, bias, k, False)[0] for part in x.split(n)]) for n in (1, 7, len(x))]
+    assert all(torch.equal(one.sort(1).values, found[0].sort(1).values) for one in found)
+    assert_first_copies(torch.zeros(len(x), len(W)).scatter(1, found[0], 1.0) != 0, kind)
 
 
 def test_too_close_to_call_is_told_apart_by_the_scores_one_by_one():

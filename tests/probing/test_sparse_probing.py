@@ -94,6 +94,8 @@ def test_labeled_rows_are_those_of_collect_and_no_other_text_is_run(tiny, tiny_t
     assert torch.equal(found.x, named.x) and torch.equal(found.y, named.y)
     with pytest.raises(ValueError, match="must be one of the labels"):
         collect_labeled(tiny, tiny_tokens, several, POINT)
+    with pytest.raises(ValueError, match="`n_tokens` must be at least 2, one of each class, got -4"):
+        collect_labeled(tiny, tiny_tokens, labels, POINT, n_tokens=-4)
     run = []
     monkeypatch.setattr(
         "saelab.probing.labeled_activations.capture", lambda m, ids, p: run.append(len(ids)) or sl.lm.capture(m, ids, p)
@@ -212,6 +214,10 @@ def test_a_store_is_probed_like_its_codes(store):
     assert str(a) == str(b) and a.probes[0].held_out == b.probes[0].held_out and a.best(3).held_out.auroc > 0.8
     few = probe_features(store, y, n_tokens=1000, **options)
     assert few.n_train + few.n_tokens <= 1100
+    with pytest.raises(ValueError, match="`n_tokens` must be at least 1, got 0"):
+        probe_features(store, y, n_tokens=0, **options)
+    with pytest.raises(ValueError, match="`n_tokens` must be at least 1, got -5"):
+        store.spread(-5)
 
 
 def test_f1_mcc_and_auroc_are_those_of_scikit_learn():

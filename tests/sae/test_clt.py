@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from unchecked import unchecked
 
 import saelab as sl
 from saelab.sae import CLT, CLTConfig
@@ -217,3 +218,31 @@ def test_a_layer_has_the_norm_of_what_it_writes() -> None:
     clt.provenances = tuple(read.paired(written) for read, written in zip(first, then, strict=True))
     origin = clt.layer(0, writes=2).provenance
     assert origin is not None and (origin.median_norm, origin.median_norm_out) == (1.0, 12.0)
+
+
+def test_a_stream_of_all_layers_is_what_they_were_collected_as_and_leaves_its_origin(
+    tiny, tiny_tokens, tmp_path
+) -> None:
+    places = [(f"blocks.{i}.mlp.hook_in", f"blocks.{i}.hook_mlp_out") for i in range(2)]
+    acts = sl.collect(tiny, tiny_tokens, [name for pair in places for name in pair], progress=False)
+    sides = [sl.Activations.join({pair[side]: acts[pair[side]] for pair in places})[:] for side in (0, 1)]
+    sizes = {"buffer_tokens": 1024, "n_seq": 8}
+    batches = sl.stream(tiny, tiny_tokens, places, epochs=1, batch_size=1, **sizes)
+    rows, collected = torch.cat(list(batches)), torch.cat(sides, dim=1)
+    by_first, by_other = (x[x[:, 0].argsort()] for x in (rows, collected))
+    torch.testing.assert_close(by_first, by_other, atol=1e-4, rtol=1e-4)
+    assert (batches.d_in, batches.d_out, batches.provenance) == (64, 64, None)
+    clt = CLT(CLTConfig(n_layers=2, d_in=32, d_sae=48, activation=sl.TopK(k=4)))
+    clt.fit(sl.stream(tiny, tiny_tokens, places, batch_size=50, **sizes), sl.TrainConfig(n_tokens=200, batch_size=50),
+            progress=False)  # fmt: skip
+    assert clt.places == tuple(places) and all(one.n_tokens >= 200 for one in clt.provenances or ())
+    clt.save_pretrained(tmp_path / "clt")
+    assert CLT.from_pretrained(tmp_path / "clt").provenances == clt.provenances
+    with pytest.raises(ValueError, match="in the order of the model"):
+        clt.fit(sl.stream(tiny, tiny_tokens, places[::-1], batch_size=50, **sizes), progress=False)
+    twice = (places[0][0], places[0][0])
+    for wrong, said in (([], "a list of such pairs"), ([twice], "each name once"), (twice, "each name once")):
+        with pytest.raises(ValueError, match=said):
+            sl.stream(tiny, tiny_tokens, wrong, batch_size=50, **sizes)
+    with unchecked(), pytest.raises(ValueError, match="a list of such pairs"):
+        sl.stream(tiny, tiny_tokens, (*places[0], places[1][0]), batch_size=50, **sizes)  # type: ignore[arg-type]

@@ -69,6 +69,11 @@ def test_sparse_codes_are_the_dense_ones(monkeypatch):
     np.testing.assert_allclose(sparse.inverse_transform(codes), dense.inverse_transform(dense.transform(X)), rtol=1e-6)
 
 
+def test_a_number_of_rows_below_one_is_refused():
+    with pytest.raises(ValueError, match="`n_tokens` must be at least 1, got -1"):
+        SparseCoder(n_tokens=-1).fit(data(20))
+
+
 def test_same_seed_same_codes_and_the_global_state_stays():
     X, before = data(100), np.random.get_state()[1].copy()  # noqa: NPY002 - the state that must not move
     one, same, other = (SparseCoder(n_tokens=500, random_state=seed).fit(X).transform(X) for seed in (1, 1, 2))

@@ -111,6 +111,29 @@ def test_dead_latents_of_a_layer_hear_of_all_the_layers_it_writes() -> None:
     assert other is None or not other.any()
 
 
+def test_dead_latents_hear_of_layers_of_every_size_alike() -> None:
+    """Outputs of one layer a hundred times as large, and all that writes them: the same losses."""
+    x, y = draw()
+    factor = torch.tensor([1.0, 1.0, 100.0]).repeat_interleave(D_OUT)
+    found = []
+    for large in (False, True):
+        clt = make(objective=(sl.ReconstructionLoss(), sl.AuxK(k=2, dead_after_tokens=10, token_frac=1.0)),
+                   normalizer="none", dictionary="free")  # fmt: skip
+        trainee = TrainingCLT(clt, RUN, trained=True)
+        if large:
+            with torch.no_grad():
+                clt.b_dec.mul_(factor)
+                for layer in clt.layers:
+                    layer.W_dec.mul_(factor[-layer.W_dec.shape[1] :])
+        pairs = torch.cat([x, y * factor if large else y], 1)
+        trainee.prepare(pairs)
+        state = trainee.state
+        state["tokens_since_fired"][:, -4:] = 10
+        trainee.state = state
+        found.append({name: value.item() for name, value in trainee.objective(pairs).terms.items()})
+    assert found[0]["aux"] > 0.01 and found[1] == pytest.approx(found[0], rel=1e-4)
+
+
 def test_parts_that_start_at_different_columns() -> None:
     generator = torch.Generator().manual_seed(0)
     target, weights = torch.randn(7, 6, generator=generator), torch.rand(6, generator=generator)

@@ -13,6 +13,7 @@ import saelab as sl
 from saelab.sae.objectives import SourceNormsLoss
 from saelab.stores import JoinedSource
 from saelab.universality import ModelDiff, diff_models, score_translation
+from saelab.universality.latent_scaling import cut_blocks
 
 D = 8
 PAIR = (JoinedSource(name="base", d_in=D), JoinedSource(name="tuned", d_in=D))
@@ -76,7 +77,9 @@ def test_strengths_are_those_that_were_written() -> None:
         diff.rank("tuned")  # type: ignore[arg-type]
     with unchecked(), pytest.raises(ValueError, match=r"`kind` must be one of .* got 'only'"):
         diff.top("only")  # type: ignore[arg-type]
-    assert set(diff.rank("b")) == {4, 6} and set(diff.rank("a", 2)) == {2, 3} and diff.gain[7] == 0
+    # what is decoupled is in both: it is of no model
+    assert diff.rank("b") == [6] and diff.rank("a")[0] == 2 and set(diff.rank("a")) == {1, 2, 5}
+    assert diff.gain[7] == 0
     assert diff.fvu["base"] < 1e-6 and 0.01 < diff.fvu["tuned"] < 0.1
     assert "only tuned" in str(diff) and "giraffe" in diff.format({6: "giraffe"})
 
@@ -94,7 +97,7 @@ def test_a_turned_latent_is_told_from_a_weak_one() -> None:
         sae.W_dec[0, :D] *= 1.001
     diff = diff_models(sae, join(base, tuned))
     assert diff.kinds[:2] == ("weak_in_b", "weak_in_b")
-    assert np.flatnonzero(diff.turned).tolist() == [0] and "of the weak ones 1 turned" in str(diff)
+    assert np.flatnonzero(diff.turned).tolist() == [0] and "1 of them turned" in str(diff)
     # along the own row the product of two halves of 6,000 rows: exact but for what the errors have by chance
     assert np.allclose(diff.nu_free[:2], [1, 0.4], atol=0.02)
     assert np.allclose(diff.nu_error[:2], [np.cos(np.radians(70)), 0.4], atol=0.02)
@@ -123,26 +126,141 @@ def test_limits_of_a_null_pair_judge_the_same_latents_again() -> None:
     loose = diff.calibrate(replace(null, nu_error=np.full(8, 0.1)))
     assert loose.absent == loose.shared == pytest.approx(0.1) and loose.counts["shared"] == 3
     assert np.array_equal(found.nu_error, diff.nu_error, equal_nan=True) and diff.shared == 0.5
+    # whether others stand for what is weak or absent has to be known
+    blind = replace(diff, nu_reconstruction=np.full(8, np.nan)).calibrate(still)
+    assert blind.kinds == ("shared", *["unsure"] * 6, "silent")
+    # what a null pair gained is not ranked
+    gained = diff.calibrate(replace(still, surplus=np.full(8, 0.7)))
+    assert gained.least_gain == pytest.approx(float((0.49 * diff.variance_frac)[:7].max()))
+    assert gained.rank("a") == [j for j in diff.rank("a") if diff.gain[j] > gained.least_gain] == [2]
     for level in (0.0, 1.0):
         with pytest.raises(ValueError, match="`level` must be between 0 and 1"):
             diff.calibrate(null, level)
     with pytest.raises(ValueError, match=r"with judged latents, got 0\.05 and 0 latents"):
         diff.calibrate(replace(null, kinds=("unsure",) * 8))
+    with pytest.raises(ValueError, match=r"A null pair must keep its latents: 95% .* got -0\.28"):
+        diff.calibrate(replace(null, nu_error=np.linspace(-0.3, 0.1, 8)))
 
 
-def test_noise_is_the_deviation_over_shuffled_pairings() -> None:
-    """The formula against actual shuffles of tuned's rows, of which the latent that only base has knows nothing."""
-    a, b = worlds(2000)
-    g = torch.Generator().manual_seed(3)
-    b = b + 0.5 * torch.randn(b.shape, generator=g)
+def test_blocks_are_of_whole_documents_where_there_are_enough() -> None:
+    ids = np.repeat(np.arange(50), np.random.default_rng(0).integers(5, 40, 50))
+    borders = np.flatnonzero(np.diff(ids)) + 1
+    cuts = cut_blocks(len(ids), ids, 10)
+    assert len(cuts) == 11 and set(cuts[1:-1]) <= set(borders) and (cuts[0], cuts[-1]) == (0, len(ids))
+    assert np.diff(cuts).max() < 2 * len(ids) / 10
+    # a book is one document: its parts are blocks; and of fewer rows than blocks each is one
+    assert cut_blocks(3000, np.repeat([0, 1], [2999, 1]), 4).tolist() == [0, 750, 1500, 2250, 3000]
+    assert cut_blocks(3, None).tolist() == [0, 1, 2, 3]
+
+
+def draw_documents(g: torch.Generator, n_docs: int, strength: torch.Tensor, noise: float = 0.5) -> sl.Activations:
+    """Documents of 20 tokens in which every row comes 4 times: a fourth as much to learn from as there are rows."""
+    z = (torch.rand(n_docs * 5, len(strength), generator=g) < 0.3) * (
+        1 + torch.rand(n_docs * 5, len(strength), generator=g)
+    )
+    tuned = z * strength + noise * torch.randn(z.shape, generator=g)
+    docs = torch.arange(n_docs, dtype=torch.int32).repeat_interleave(20)
+    parts = (sl.Activations.from_tensor(x.repeat_interleave(4, 0), doc_ids=docs) for x in (z, tuned))
+    return sl.Activations.join(dict(zip(("base", "tuned"), parts, strict=True)))
+
+
+def reader(n: int) -> sl.SAE:
+    """n latents that read and write one coordinate of base each, with rows of norm 2."""
+    cfg = sl.SAEConfig(d_in=2 * n, d_sae=n, activation=sl.ReLU(target_l0=2.0), normalizer="none", dictionary="free",
+                       sources=tuple(JoinedSource(name=name, d_in=n) for name in ("base", "tuned")),
+                       objective=(sl.ReconstructionLoss(),))  # fmt: skip
+    sae = sl.SAE(cfg, seed=0)
+    with torch.no_grad():
+        sae.W_dec.copy_(torch.cat([2 * torch.eye(n), torch.zeros(n, n)], 1))
+        sae.W_enc.copy_(sae.W_dec.T / 4)
+        sae.b_enc.zero_()
+    return sae
+
+
+def test_standard_errors_are_the_deviations_over_samples_of_documents() -> None:
+    g, sae, strength = torch.Generator().manual_seed(3), reader(D), torch.linspace(0, 0.9, D)
+    drawn = [diff_models(sae, draw_documents(g, 60, strength)) for _ in range(60)]
+    for name in ("nu_error", "surplus"):
+        found = np.std([getattr(one, name) for one in drawn], axis=0)
+        said = np.mean([getattr(one, f"{name}_se") for one in drawn], axis=0)
+        # 60 draws: 9 % sd of a deviation, times 4; tokens taken for independent would say half
+        assert np.allclose(said, found, rtol=0.4), name
+        assert said.mean() == pytest.approx(found.mean(), rel=0.15)  # of 8 latents
+    assert np.allclose(np.mean([one.nu_error for one in drawn], axis=0), strength, atol=0.02)
+    assert np.allclose(np.mean([one.surplus for one in drawn], axis=0), 1 - strength, atol=0.02)  # in units of the row
+    # squared codes spread over 60 blocks nearly evenly
+    assert (drawn[0].freedom > 30).all() and (drawn[0].freedom < 60).all()
+
+
+def test_private_latents_are_called_at_the_stated_rate_where_none_is() -> None:
+    """Strengths at the very limit, where evidence is easiest to mistake."""
+    g, n, n_samples = torch.Generator().manual_seed(4), 30, 60
+    sae, strength = reader(n), torch.full((n,), 0.2)
+    calls = [
+        sum("only" in kind for kind in diff_models(sae, draw_documents(g, 40, strength)).kinds)
+        for _ in range(n_samples)
+    ]
+    # samples with any such call: at most 5 %, 3 of 60; 4 sd of a binomial above
+    assert sum(n > 0 for n in calls) <= 3 + 4 * (60 * 0.05 * 0.95) ** 0.5
+    # without correction and standard errors half of them are below the limit
+    assert np.mean(diff_models(sae, draw_documents(g, 40, strength)).nu_error < 0.2) > 0.2
+    strength[:3] = 0
+    found = diff_models(sae, draw_documents(g, 200, strength))
+    assert found.kinds[:3] == ("only_a",) * 3 and {*found.kinds[3:]} <= {"unsure", "weak_in_b", "only_a"}
+
+
+def test_what_a_few_documents_say_is_unsure() -> None:
+    """A latent that tuned lacks is called so where many documents say so, and not where one or three do."""
+    g, n_docs = torch.Generator().manual_seed(5), 100
+    z = 1 + torch.rand(n_docs * 20, 4, generator=g)
+    doc_of = torch.arange(n_docs).repeat_interleave(20)
+    for latent, n_of in ((1, 1), (2, 3)):
+        z[doc_of >= n_of, latent] = 0
+    z[torch.rand(z.shape, generator=g) < 0.5] = 0
+    docs = doc_of.to(torch.int32)
+    b = 0.3 * torch.randn(z.shape, generator=g)
+    acts = sl.Activations.join(
+        {name: sl.Activations.from_tensor(x, doc_ids=docs) for name, x in (("base", z), ("tuned", b))}
+    )
+    diff = diff_models(reader(4), acts, min_count=5)
+    assert diff.kinds == ("only_a", "unsure", "unsure", "only_a")
+    assert np.isnan(diff.nu_error_se[1]) and diff.freedom[1] < 0.5 < diff.freedom[2] < 3
+    assert 1 not in diff.rank("a")  # without a standard error there is no evidence
+    none = diff_models(reader(4), acts, min_count=10**6)
+    assert set(none.kinds) == {"unsure"} and none.rank("a") == [] and np.isnan(none.nu_error_se).all()
+
+
+def test_a_direction_that_other_latents_cancel_is_no_private_one() -> None:
+    """Latent 0 writes along coordinate 0, and latent 1, which fires with it, takes that away and more: the ratio of
+    reconstructions has nothing to be of, and says nothing."""
+    a, b = worlds()
+    a, b = a.clone(), b.clone()
+    a[:, 1] = a[:, 0]
+    a[:, 0] *= -0.5  # what is left of both
+    b[:, :2] = 0
     sae = handmade()
-    drawn = []
-    for _ in range(60):
-        # latent 2 reads base alone; what tuned's reconstruction misses is shuffled with tuned's rows
-        drawn.append(diff_models(sae, join(a, b[torch.randperm(2000, generator=g)])).nu_error[2])
-    noise = diff_models(sae, join(a, b)).noise[2]
-    assert np.std(drawn) == pytest.approx(noise, rel=0.4)  # 60 draws: 9 % sd, times 4
-    assert diff_models(sae, join(a[:40], b[:40]), min_count=1).kinds[2] == "unsure"
+    with torch.no_grad():
+        sae.W_enc[:, :2] = 0
+        sae.W_enc[1, 0] = sae.W_enc[1, 1] = 1.0
+        sae.W_dec[0], sae.W_dec[1] = 0, 0
+        sae.W_dec[0, 0], sae.W_dec[1, 0], sae.W_dec[1, 1] = 1.0, -1.5, 1.0
+    diff = diff_models(sae, join(a, b))
+    assert np.isnan(diff.nu_reconstruction[0]) and abs(diff.nu_error[0]) < 0.05
+    assert diff.kinds[0] == "unsure" and diff.surplus[0] < 0 and 0 not in diff.rank("a")
+    assert diff.kinds[1] == "only_a"
+
+
+def test_what_others_reconstruct_is_decoupled_however_weak_the_latent_is() -> None:
+    """Tuned has the atom as strong as base; a third of it stands in this latent's row, the rest in another's."""
+    a, _ = worlds()
+    sae = handmade()
+    with torch.no_grad():
+        sae.W_dec[7] = 0
+        sae.W_enc[0, 7] = 1.0
+        sae.W_dec[0, D], sae.W_dec[7, D] = 0.3, 0.7
+    diff = diff_models(sae, join(a, a))
+    assert diff.nu_error[0] == pytest.approx(0.3, abs=0.01) and diff.kinds[0] == "decoupled_in_b"
+    assert diff.surplus[0] == pytest.approx(0, abs=0.01) and diff.gain[0] < 1e-4
 
 
 def test_other_spaces_are_compared_without_directions() -> None:
@@ -237,6 +355,7 @@ def test_two_copies_have_nothing_of_their_own() -> None:
         ({"a": "tuned", "b": "tuned"}, "two sources"),
         ({"b": "other"}, "one of the sources"),
         ({"absent": 0.6}, "absent <= shared"),
+        ({"fdr": 0.0}, "`fdr` must be between 0 and 1"),
     ],
 )
 def test_wrong_arguments(wrong: dict[str, object], said: str) -> None:

@@ -262,6 +262,8 @@ def test_ties_share_and_what_means_nothing_is_nan_with_its_reason() -> None:
     for x in (draw(0, 4, 3), y[:2], torch.full((4, 2), torch.nan)):
         with unchecked(), pytest.raises(ValueError, match="`x` and `y` must be"):
             score_pairs(x, y[: len(x)])
+    with pytest.raises(ValueError, match="`n_shuffles` must be at least 0, got -3"):
+        score_pairs(y, y, n_shuffles=-3)
 
 
 def test_neighbors_are_shuffled_in_blocks_where_documents_are_known() -> None:

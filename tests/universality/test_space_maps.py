@@ -52,6 +52,11 @@ def test_a_planted_rotation_is_found_both_ways(method) -> None:
     scores = found.score(draw(3, 200, 8) + 1, 3 * (draw(3, 200, 8) + 1) @ turn - 2, n_shuffles=20)
     assert scores["r2"].value > 0.99 and scores["top1"].value > 0.95 and scores["mean_rank"].value < 1.1
     assert scores["top1"].chance < 0.05 and scores["r2"].chance < 0
+    whole = torch.arange(24).view(3, 8)
+    assert torch.equal(found.apply(whole), found.apply(whole.float())) and found.apply(whole).dtype == torch.float32
+    assert found.apply(whole.double()).dtype == torch.float64
+    with pytest.raises(ValueError, match="`n_shuffles` must be at least 0, got -1"):
+        found.score(x, y, n_shuffles=-1)
 
 
 def test_of_few_pairs_a_rotation_is_found_where_least_squares_is_not() -> None:

@@ -75,7 +75,10 @@ class AuxK(LossTerm):
         else:
             u = read @ W_enc.T + sae.b_enc[dead]
             estimate = axis.sum(keep_largest(u, (u.abs() if signed else u).detach(), k, axis) @ W_dec)
-        return _normalized_error(estimate, step.residual[:n].detach(), step.ranks)
+        residual = step.residual[:n].detach()
+        if step.weights is not None:
+            estimate, residual = estimate * step.weights.sqrt(), residual * step.weights.sqrt()
+        return _normalized_error(estimate, residual, step.ranks)
 
 
 def _decode_largest(

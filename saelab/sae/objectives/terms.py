@@ -84,6 +84,8 @@ class TrainingStep:
     """what the encoder subtracts from x, b_dec with the gradients of all ranks; None for a transcoder"""
     memory: Mapping[str, GradientMemory] = field(default_factory=dict)
     """what may keep gradients of rows of W_enc (transposed) and W_dec; see `select_rows`"""
+    weights: Float[Tensor, "d_out"] | None = None
+    """factor on the squared error of each output, as layers of a cross-layer transcoder have it; None: all are alike"""
 
     @property
     def n_tokens(self) -> int:
