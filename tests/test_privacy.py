@@ -24,7 +24,7 @@ from saelab.cli.app import dispatch
 from saelab.labels.label import Label
 from saelab.labels.label_store import LabelStore
 
-USER, HOST, PROJECT, PASSWORD = "ada-lovelace", "enigma-host", "secret-project", "s3cr3t-word"
+USER, HOST, PROJECT, RUN, PASSWORD = "ada-lovelace", "enigma-host", "secret-project", "hidden-run", "s3cr3t-word"
 KEYS = {"HF_TOKEN": "hf_QxTokenOfAda", "OPENAI_API_KEY": "sk-KeyOfAda", "NEURONPEDIA_API_KEY": "np-KeyOfAda"}
 PLACE, OUT = "blocks.1.hook_resid_mid", "blocks.1.hook_mlp_out"
 READ = "blocks.1.hook_resid_post"
@@ -100,7 +100,7 @@ class World:
 
         self.root, self.home = root, root / "home" / USER
         self.project, self.out = self.home / PROJECT, root / "out"
-        self.secrets = [USER, HOST, PROJECT, PASSWORD, str(root), *KEYS.values()]
+        self.secrets = [USER, HOST, PROJECT, RUN, PASSWORD, str(root), *KEYS.values()]
         self.folder, self.text = self.home / "models" / "tiny-lm", self.home / "texts" / "stories.txt"
         sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
         with torch.random.fork_rng(devices=[]):
@@ -155,10 +155,10 @@ def acts(world: World) -> dict[str, sl.Activations]:
 def sae(world: World, acts: dict[str, sl.Activations]) -> sl.SAE:
     [made] = sl.fit(
         [sl.SAE(sl.SAEConfig(d_in=32, d_sae=48, activation=sl.TopK(k=3)), seed=0)], acts[READ],
-        sl.TrainConfig(n_tokens=2048, batch_size=256), out=world.project / "run", progress=False,
+        sl.TrainConfig(n_tokens=2048, batch_size=256), out=world.project / RUN / "run", progress=False,
     )  # fmt: skip
-    made.save_pretrained(world.project / "sae")
-    return sl.SAE.from_pretrained(world.project / "sae")
+    made.save_pretrained(world.project / RUN / "sae")
+    return sl.SAE.from_pretrained(world.project / RUN / "sae")
 
 
 @pytest.fixture(scope="module")
@@ -169,6 +169,7 @@ def store(world: World, sae: sl.SAE) -> sl.FeatureStore:
     with LabelStore.open(made) as book:
         where = {"store": str(made.folder), "endpoint": f"https://ada:{PASSWORD}@host.org:8000/v1"}
         book.add([Label(feature=fired[1], text="animals", author=str(world.folder), provenance=where)])
+    assert made.manifest.sae["name_or_path"] == f"../{RUN}/sae"  # what a store keeps to find its SAE again
     return sl.FeatureStore.load(world.project / "store")
 
 
@@ -178,9 +179,9 @@ def test_saes(world: World, sae: sl.SAE, acts: Any, store: Any) -> None:
         how = {} if form == "saelab" else {"model": str(world.folder), "hook_point": READ}
         again = sl.SAE.from_pretrained(world.out / "saes" / form, **how)
         again.save_pretrained(world.out / "saes" / f"{form}-again")
-    world.run("convert", world.project / "sae", world.out / "saes" / "converted", "--format", "saelens")
+    world.run("convert", world.project / RUN / "sae", world.out / "saes" / "converted", "--format", "saelens")
     world.check(world.out / "saes", 12)
-    world.check(world.project / "run", 4)  # the SAE, its history and its checkpoint
+    world.check(world.project / RUN / "run", 4)  # the SAE, its history and its checkpoint
 
 
 @pytest.mark.parametrize("form", ["saelab", "saelens", "sparsify", "dictionary_learning"])

@@ -17,7 +17,7 @@ FORMATS = read_value("saelab.interop.neuronpedia:StoreFormat")
 UPLOAD = Source("saelab.interop.neuronpedia_upload:upload")
 
 
-Model = Annotated[str | None, Option(metavar="MODEL", show_default="as the store has it")]
+RecordedModel = Annotated[str | None, Option(metavar="MODEL", show_default="as the store has it")]
 ModelId = Annotated[
     str, Option(help="Neuronpedia's name of the model.", metavar="NAME", show_default="end of the store's model")
 ]
@@ -31,7 +31,7 @@ def export_features(
         str, Option("--format", help=f"What to write: {', '.join(FORMATS)}.", metavar="NAME", show_default=True)
     ] = "neuronpedia",
     sae: options.StoreSAE = None,
-    model: Model = None,
+    model: RecordedModel = None,
     features: options.FeatureList = None,
     source_set: options.Name = EXPORT.source_set,
     model_id: ModelId = "",
@@ -94,7 +94,7 @@ def export_features(
 def upload_features(
     store: options.StoreFolder,
     sae: options.StoreSAE = None,
-    model: Model = None,
+    model: RecordedModel = None,
     features: options.FeatureList = None,
     source_set: options.Name = UPLOAD.source_set,
     model_id: ModelId = "",

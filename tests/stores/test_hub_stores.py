@@ -130,6 +130,9 @@ def test_an_upload_that_was_cut_off_goes_on(hub: Hub, store: sl.FeatureStore, mo
     store.push_to_hub(REPO)
     assert len(sent) == 2 and len(set(hub.sent)) == len(hub.sent), "nothing is sent twice"
     assert (sl.FeatureStore.from_pretrained(REPO).matrix() != store.matrix()).nnz == 0
+    n = len(hub.messages)
+    store.push_to_hub(REPO)  # what is there already takes no commit, and the manifest stays meanwhile
+    assert len(hub.messages) <= n + 1 and all("manifest.json" in files for files in list(hub.commits.values())[n:])
 
 
 def test_another_store_takes_the_place_of_one(hub: Hub, store: sl.FeatureStore, large: sl.FeatureStore) -> None:
