@@ -1,6 +1,6 @@
 # make demo    the main job on an embedded default        make check   everything CI runs
 # make test    the tests                                  make bench   the two benchmarks, beside the peers
-# make peers   SAEs read and written, beside the libraries they belong to
+# make peers   SAEs, latent caches and dashboards read and written, beside the libraries they belong to
 # make families  every model family in every use, as a page: docs/supported_models.md
 # make kernels   the Triton kernels against PyTorch's operations, in Triton's interpreter (Linux; a gigabyte)
 # make package   the archives of a release built, checked, installed and tested as installed
@@ -103,10 +103,15 @@ format: $(VENV)/.installed
 	$(BIN)/ruff check --fix .
 
 # The peers hold transformer-lens below 4. dictionary-learning also drags in torchvision, which nothing here uses and
-# whose PyPI build fails to load, and transformers with it, beside a torch built for the CPU.
+# whose PyPI build fails to load, and transformers with it, beside a torch built for the CPU. The last four hold versions
+# of other libraries back that their reading and writing needs nothing of, so they come without what they ask for.
+PEERS := circuit-tracer==0.5.0 eai-delphi==0.1.3 overcomplete==0.3.0 sae-dashboard==0.8.0
+PEERS_NEED := asyncer dataclasses-json decode-clt eindex-callum 'marshmallow<4' mypy-extensions orjson sniffio typing-inspect
 $(BENCH)/.installed: pyproject.toml constraints.txt
 	$(call install,$(BENCH),bench,3.9.0)
 	$(BENCH)/bin/pip uninstall -q -y torchvision
+	$(BENCH)/bin/pip install -q matplotlib
+	$(BENCH)/bin/pip install -q --no-deps $(PEERS) $(PEERS_NEED)
 	@touch $@
 
 bench: $(BENCH)/.installed
@@ -115,7 +120,7 @@ bench: $(BENCH)/.installed
 
 # Their imports warn.
 peers: $(BENCH)/.installed
-	HF_HUB_OFFLINE=1 $(BENCH)/bin/python -m pytest -q -W ignore tests/sae/formats/test_registry_peers.py
+	HF_HUB_OFFLINE=1 $(BENCH)/bin/python -m pytest -q -W ignore $(wildcard tests/sae/formats/test_*_peers.py tests/interop/test_*_peers.py)
 
 # Every command cut off at every file event, and on a full disk at each of them.
 kills: $(VENV)/.installed

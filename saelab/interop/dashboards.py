@@ -129,7 +129,7 @@ def _describe_windows(group: ExampleGroup, n_tokens: int) -> Iterator[dict[str, 
     """The windows of a group; bounds are codes with their sign, below 0 for negative firings."""
     low, high = (group.low, group.high) if group.side > 0 else (-group.high, -group.low)
     share = group.n_firings / n_tokens
-    bounds = (TOP, TOP, TOP) if group.name == "top" and group.side > 0 else (low, high, share)
+    bounds = (TOP, high, TOP) if group.name == "top" and group.side > 0 else (low, high, share)
     for one in group.examples:
         yield {
             "bin_min": bounds[0],

@@ -284,7 +284,7 @@ def write_delphi(
         pad_id: token id that fills up sequences shorter than the longest; None requires all to be of one length.
 
     Raises:
-        ValueError: where sequences are of different lengths and there is no `pad_id`.
+        ValueError: where sequences are of different lengths and there is no `pad_id`, and for codes beyond float16.
     """
     if not 1 <= n_splits <= store.d_sae:
         raise ValueError(f"`n_splits` must be in 1..{store.d_sae}, got {n_splits}.")
@@ -342,8 +342,8 @@ def _locate(
     triples = np.stack([at // ctx_len, at % ctx_len, rows.indices], 1)[kept]
     narrow = triples.max(initial=0) < 2**16
     locations = torch.from_numpy(triples.astype(SHORT if narrow else WIDE))
-    if (largest := float(np.abs(rows.data[kept]).max(initial=0))) > np.finfo(np.float16).max:
-        raise ValueError(f"delphi's codes are float16, up to 65504, got {largest:.4g}. Divide W_dec's rows out first.")
+    if (largest := float(np.abs(rows.data[kept]).max(initial=0))) > float(np.finfo(np.float16).max):
+        raise ValueError(f"delphi's codes are float16, up to 65504, got {largest:.4g}. Scale the SAE down first.")
     return locations, torch.from_numpy(rows.data[kept].astype(np.float16))
 
 

@@ -113,7 +113,7 @@ class SAE(SAEModule):
 
         Args:
             folder: folder to write to; made if need be.
-            format: "saelab", "saelens", "sparsify" or "dictionary_learning".
+            format: "saelab", "saelens", "sparsify", "dictionary_learning", "circuit_tracer" or "overcomplete".
 
         Raises:
             ValueError: with the reason, for an SAE that the other library's format cannot express, and for a folder
@@ -157,9 +157,9 @@ class SAE(SAEModule):
         that wrote it.
 
         The format is detected from the files: saelab, saelens (also from before 6.0), sparsify, dictionary_learning,
-        gemma_scope, gemma_scope_2, llama_scope, openmoss, openai, qwen_scope, circuit_tracer. Facts that a file leaves
-        out have to be given; those given override the file's. Files are memory-mapped, shapes checked before weights
-        are read, and nothing is executed.
+        gemma_scope, gemma_scope_2, llama_scope, openmoss, openai, qwen_scope, circuit_tracer, overcomplete. Facts that
+        a file leaves out have to be given; those given override the file's. Weights may lie in several files with an
+        index. Files are memory-mapped, shapes checked before weights are read, and nothing is executed.
 
         Args:
             source: folder or file, Hub id `owner/name`, or a release: see `sl.list_releases`.

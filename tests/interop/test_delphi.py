@@ -9,7 +9,7 @@ from safetensors.numpy import load_file, save_file
 
 import saelab as sl
 from saelab.collecting.writers import ShardWriter
-from saelab.interop.delphi import convert_delphi
+from saelab.interop.delphi import convert_delphi, write_delphi
 
 N_SEQ, CTX_LEN, D_SAE = 9, 6, 40
 SPLITS = ((0, 12), (13, 25), (26, 39))
@@ -242,3 +242,25 @@ def test_the_folder_above_is_told_apart(cache, tmp_path):
     (cache / "config.json").unlink()
     with pytest.raises(FileNotFoundError, match=r"config\.json"):
         convert_delphi(cache, tmp_path / "store")
+
+
+@pytest.mark.parametrize("name", ["ctx_len", "cache_ctx_len"])
+def test_rows_are_as_long_as_either_name_says(name, tmp_path):
+    """delphi 0.1 calls the length of its rows `cache_ctx_len`, before it was `ctx_len`."""
+    folder, given = write_cache(tmp_path / "layers.1", plant(), with_tokens=False), torch.from_numpy(ids())
+    plain = {key: value for key, value in CONFIG.items() if key != "ctx_len"}
+    (folder / "config.json").write_text(json.dumps(plain | {name: CTX_LEN}))
+    store = convert_delphi(folder, tmp_path / "store", tokens=given, **SMALL)
+    with pytest.raises(ValueError, match=f"in rows of {CTX_LEN} and"):
+        convert_delphi(folder, tmp_path / "wrong", tokens=given.reshape(-1, CTX_LEN // 2), **SMALL)
+    said = json.loads((write_delphi(store, tmp_path / "back") / "config.json").read_text())
+    assert said["ctx_len"] == said["cache_ctx_len"] == CTX_LEN
+
+
+def test_codes_beyond_float16_are_refused(tmp_path):
+    dense = plant(np.float32)
+    dense[1, 1, 5] = -70_000
+    store = convert_delphi(write_cache(tmp_path / "layers.1", dense), tmp_path / "store", **SMALL)
+    with pytest.raises(ValueError, match=r"float16, up to 65504, got 7e\+04"):
+        write_delphi(store, tmp_path / "back")
+    assert not list((tmp_path / "back").rglob("*.safetensors"))

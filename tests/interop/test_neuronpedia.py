@@ -76,6 +76,8 @@ def test_saedashboard_gets_its_batches(store: sl.FeatureStore, sae: sl.SAE, tiny
         assert {len(w["tokens"]) - len(w["values"]) for w in windows} == {0}
         assert min(min(w["values"]) for w in windows) == min(found.values.min(), 0)  # both signs are shown
         assert max(max(w["values"]) for w in windows) == max(found.values.max(), 0)
+        top = {(w["bin_min"], w["bin_max"]) for w in windows if w["bin_contains"] == -1}
+        assert top <= {(-1, float(found.values.max()))} and bool(top) == bool(found.values.max() > 0)
 
 
 def test_neuronpedia_gets_its_records(store: sl.FeatureStore, sae: sl.SAE, tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 from tokenizers_made import FURTHER, KINDS, TEXTS
 
+import saelab
 from saelab.lm.tokenizers import find_token_id, spell, token_bytes, token_strings
 from saelab.stores.corpus import Spelling, group_words, name_bytes
 
@@ -79,3 +80,14 @@ def test_bytes_of_no_character_are_numbers() -> None:
     assert spelling.text == "a<0xE4><0xB8>b" and name_bytes(cut) == "<0xE4><0xB8>"
     assert spelling.words == ("a", "<0xE4><0xB8>", "b")
     assert spelling.tokens_of(13, 14) == slice(2, 3) and spelling.tokens_of(2, 3) == slice(1, 2)
+
+
+def test_the_id_of_a_string_is_asked_in_one_place() -> None:
+    """What is shown can be given back everywhere only if nobody else reads a token from a text."""
+    package = Path(saelab.__file__).parent
+    asks = {
+        str(path.relative_to(package))
+        for path in package.rglob("*.py")
+        if re.search(r"convert_tokens_to_ids|\bfind_token_id\(|\.vocab\[", path.read_text(encoding="utf-8"))
+    }
+    assert asks == {"lm/tokenizers.py", "interventions/prompt_metrics.py"}

@@ -348,17 +348,3 @@ def test_release_names_lead_where_saelens_finds_them() -> None:
                 other.append((release, sae["id"]))
     assert not other
     assert found > 0.99 * (found + unknown)
-
-
-def test_the_dashboards_are_those_of_neuronpedia(tiny: Any, tiny_tokens: Any, tmp_path: Path) -> None:
-    dashboards = pytest.importorskip("sae_dashboard.neuronpedia.neuronpedia_dashboard")
-    from saelab.interop.neuronpedia import export_store
-
-    sae = sl.SAE(sl.SAEConfig(d_in=32, d_sae=40, activation=sl.TopK(k=3)), seed=1)
-    store = sl.harvest(
-        sae, tiny, tiny_tokens[:24], tmp_path / "s", hook_point="blocks.1.hook_resid_post", progress=False
-    )
-    folder = export_store(store, tmp_path / "out", "saedashboard", sae=sae, model=tiny, progress=False)
-    held = json.loads((folder / "batch-0.json").read_text())
-    assert len(held["features"]) > 30
-    assert dashboards.NeuronpediaDashboardBatch(**held).to_dict() == held
