@@ -13,7 +13,7 @@ import argparse
 from pathlib import Path
 
 import saelab as sl
-from saelab.labels.autointerp.clients import OpenAIClient
+from saelab.labels.autointerp.endpoints import OpenAIClient
 from saelab.labels.autointerp.explainers import estimate_labels, explain_features
 from saelab.labels.label import BOTH
 from saelab.labels.label_store import LabelStore

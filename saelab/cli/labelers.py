@@ -9,7 +9,8 @@ from saelab.analysis.direct_logits import LogitLens, logit_lens
 from saelab.cli.inputs import open_recorded, share_temporary
 from saelab.cli.terminal import echo, make_printable
 from saelab.collecting.harvesting import harvest_untrained, require_harvested
-from saelab.labels.autointerp.clients import Client, LocalClient, OpenAIClient
+from saelab.labels.autointerp.clients import Client, LocalClient
+from saelab.labels.autointerp.endpoints import OpenAIClient
 from saelab.labels.autointerp.response_cache import OfflineClient
 from saelab.labels.label import BOTH, Label
 from saelab.labels.label_store import LabelStore

@@ -434,15 +434,15 @@ def stream_tokens(
     return TokenStream(model, texts[0], run, find_ends(model) if stop_at_eos else frozenset())
 
 
-def answer(model: Model, messages: Sequence[Mapping[str, str]], n_tokens: int) -> tuple[str, int, int]:
-    """Greedy answer to a conversation, with the numbers of tokens of prompt and answer.
+def answer(model: Model, messages: Sequence[Mapping[str, str]], n_tokens: int) -> tuple[str, int, int, bool]:
+    """Greedy answer to a conversation, the numbers of tokens of prompt and answer, and whether the model ended it.
 
     The prompt is made with the tokenizer's chat template where it has one, else the messages are joined as plain text.
     ValueError where prompt and answer do not fit the model's context.
 
-    >>> text, n_in, n_out = answer(sl.lm.tiny_model(), [{"role": "user", "content": "Hi"}], 3)
-    >>> n_in, n_out
-    (4, 3)
+    >>> text, n_in, n_out, is_whole = answer(sl.lm.tiny_model(), [{"role": "user", "content": "Hi"}], 3)
+    >>> n_in, n_out, is_whole
+    (4, 3, False)
     """
     ids = _encode(model.tokenizer, messages)
     if ids.shape[1] + n_tokens > find_context(model):
@@ -451,7 +451,8 @@ def answer(model: Model, messages: Sequence[Mapping[str, str]], n_tokens: int) -
             f"got {ids.shape[1]} tokens. Show fewer or shorter texts, or take another model."
         )
     made = generate(model, ids, n_tokens, sampling=GREEDY, progress=False).samples[0]
-    return read_text(model, made.ids), ids.shape[1], len(made.ids)
+    is_whole = len(made.ids) < n_tokens or int(made.ids[-1]) in find_ends(model)
+    return read_text(model, made.ids), ids.shape[1], len(made.ids), is_whole
 
 
 def _encode(tokenizer: Any, messages: Sequence[Mapping[str, str]]) -> torch.Tensor:

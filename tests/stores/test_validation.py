@@ -16,7 +16,7 @@ from unchecked import unchecked
 
 import saelab as sl
 from saelab.cli.app import dispatch
-from saelab.labels.autointerp.clients import OpenAIClient
+from saelab.labels.autointerp.endpoints import OpenAIClient
 from saelab.sae.publishing import write_card
 from saelab.stores import tensors as reading
 from saelab.stores.files import save_tensors, write_json

@@ -9,8 +9,8 @@ if TYPE_CHECKING:
         Answer as Answer,
         Client as Client,
         LocalClient as LocalClient,
-        OpenAIClient as OpenAIClient,
     )
+    from saelab.labels.autointerp.endpoints import OpenAIClient as OpenAIClient
     from saelab.labels.autointerp.example_windows import (
         ExampleConfig as ExampleConfig,
         FeatureExamplesSplit as FeatureExamplesSplit,

@@ -13,7 +13,7 @@ import numpy as np
 from saelab.functional.indices import ChosenRuns, FeatureIds, read_features
 from saelab.labels.autointerp.clients import Client
 from saelab.labels.autointerp.example_windows import ExampleConfig, FeatureExamplesSplit, build_case
-from saelab.labels.autointerp.prompts import N_WORDS, explaining_prompt, read_label
+from saelab.labels.autointerp.prompts import LABEL_SCHEMA, N_WORDS, explaining_prompt, read_label
 from saelab.labels.autointerp.requests import CostEstimate, Question, Reply, RequestConfig, RequestQueue, TokenUsage
 from saelab.labels.autointerp.scorers import SCORERS, LLMScorer, Scorer
 from saelab.labels.label import BOTH, Label, LabelKind, average_scores, format_floor, require_same_tokens
@@ -47,7 +47,9 @@ class LLMExplainer:
 
     def questions(self, cases: Sequence[FeatureExamplesSplit]) -> list[Question[str]]:
         """The prompt of each case."""
-        return [Question(messages=explaining_prompt(case), read=_read, tokens_out=25) for case in cases]
+        return [
+            Question(messages=explaining_prompt(case), read=_read, tokens_out=25, schema=LABEL_SCHEMA) for case in cases
+        ]
 
     def explain(self, cases: Sequence[FeatureExamplesSplit]) -> list[Reply[str]]:
         """A label for each case, requested for all cases at once."""

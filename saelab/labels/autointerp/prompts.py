@@ -3,7 +3,7 @@
 import json
 import re
 import unicodedata
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from saelab.analysis.max_activating import Example
@@ -55,6 +55,12 @@ Decide for each pair in which one it fires.
 SIDES = """Answer with a JSON list of {n} numbers and nothing else, in the order of the pairs: 1 where it fires in the
 first text, 2 where it fires in the second.
 """
+INTRUDE = f"""In each of the following {{n}} texts some tokens stand between {OPEN} and {CLOSE}. In all but one they
+are tokens on which the feature fires; in one text, the intruder, it fires nowhere, and the marks are on other tokens.
+Find out what the marked tokens of most texts have in common, with what stands before them, and which text does not fit.
+"""
+PLACE = """Answer with a JSON list of one number and nothing else: the number of the intruder, 1 to {n}.
+"""
 SIMULATE = """Predict on which tokens of the following texts the feature fires, and how strongly. Each text is a list of
 [number, token].
 """
@@ -62,6 +68,8 @@ STRENGTHS = f"""Answer with one JSON object and nothing else: the numbers of the
 the strength, 1 to {LEVELS}, such as {{{{"17": 8}}}}. Leave out all others; the object may be empty.
 Numbers are 0 to {{last}}.
 """
+FILLED = (DETECT, FUZZ, FLAGS, CONTRAST, SIDES, INTRUDE, PLACE, STRENGTHS)
+"""parts of prompts with numbers to fill in"""
 
 
 def quote(text: str) -> str:
@@ -114,6 +122,12 @@ def contrast_prompt(label: str, pairs: Sequence[tuple[Example, Example]]) -> Mes
     return _fill_in([ABOUT, _claim(label), CONTRAST, "".join(lines), SIDES], n=len(pairs))
 
 
+def intruder_prompt(windows: Sequence[tuple[Example, Sequence[bool]]]) -> Messages:
+    """The prompt that asks which of some windows is the one in which the feature does not fire; it names no label."""
+    lines = (f'{{"n": {i}, "text": {_mark(*window)}}}\n' for i, window in enumerate(windows, 1))
+    return _fill_in([ABOUT, INTRUDE, "".join(lines), PLACE], n=len(windows))
+
+
 def simulation_prompt(label: str, windows: Sequence[Example]) -> Messages:
     """The prompt that asks how strongly a feature with this label fires on each token, numbered through all windows."""
     lines, number = [], 0
@@ -130,7 +144,7 @@ def _claim(label: str) -> str:
 
 def _fill_in(parts: Iterable[str], **numbers: int) -> Messages:
     """One message; only the fixed sentences are formatted, as lines of data contain braces of their own."""
-    filled = (part.format(**numbers) if numbers and part in (DETECT, FUZZ, FLAGS, CONTRAST, SIDES, STRENGTHS) else part
+    filled = (part.format(**numbers) if numbers and part in FILLED else part
               for part in parts)  # fmt: skip
     return [{"role": "user", "content": "\n".join(filled)}]
 
@@ -168,6 +182,28 @@ def read_label(answer: str) -> str | None:
     return text
 
 
+def _make_schema(name: str, value: Mapping[str, Any]) -> dict[str, Any]:
+    """The schema of an object with one entry, as strict structured output wants it; a list alone is no root there."""
+    return {"type": "object", "properties": {name: value}, "required": [name], "additionalProperties": False}
+
+
+LABEL_SCHEMA = _make_schema("label", {"type": ["string", "null"]})
+
+
+def flags_schema(n: int, allowed: Sequence[int]) -> dict[str, Any]:
+    """The JSON schema of `n` whole numbers, each among `allowed`; `read_flags` reads what follows it."""
+    items = {"type": "integer", "enum": list(allowed)}
+    return _make_schema("answers", {"type": "array", "items": items, "minItems": n, "maxItems": n})
+
+
+def strengths_schema(n: int) -> dict[str, Any]:
+    """The JSON schema of the strengths of some of `n` tokens; `read_strengths` reads what follows it."""
+    fields = {"token": {"type": "integer", "minimum": 0, "maximum": n - 1},
+              "strength": {"type": "integer", "minimum": 1, "maximum": LEVELS}}  # fmt: skip
+    items = {"type": "object", "properties": fields, "required": list(fields), "additionalProperties": False}
+    return _make_schema("strengths", {"type": "array", "items": items, "maxItems": n})
+
+
 def read_flags(answer: str, n: int, allowed: Sequence[int]) -> list[int]:
     """The list of `n` whole numbers in a response, each among `allowed`; ValueError for anything else."""
     found = _last_json(answer, list)
@@ -183,8 +219,11 @@ def read_strengths(answer: str, n: int) -> list[float]:
     >>> read_strengths('{"1": 8}', 3)
     [0.0, 8.0, 0.0]
     """
-    strengths = [0.0] * n
-    for key, value in _last_json(answer, dict).items():
+    strengths, found = [0.0] * n, _last_json(answer, dict)
+    if isinstance(listed := found.get("strengths"), list):  # as `strengths_schema` has it
+        pairs = [(one.get("token"), one.get("strength")) if isinstance(one, dict) else (one, None) for one in listed]
+        found = {str(token): strength for token, strength in pairs}
+    for key, value in found.items():
         is_number = isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= LEVELS
         if not re.fullmatch("[0-9]{1,6}", key) or int(key) >= n or not is_number:
             raise ValueError(f"it must be an object of token numbers 0 to {n - 1} and strengths 0 to {LEVELS}.")

@@ -3,22 +3,24 @@
 Requests run on several threads; Ctrl-C ends the queue without losing those under way.
 """
 
+import logging
 import queue
 import random
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
-from saelab.labels.autointerp.clients import Answer, Client, NotAnswered, RetryLater, Waiting
+from saelab.labels.autointerp.clients import Answer, Client, NotAnswered, RetryLater, StructuredClient, Waiting
 from saelab.labels.autointerp.response_cache import AnswerLog, OfflineClient, make_key
 from saelab.lm.conversations import Messages
 from saelab.stores.jobs import DeferredInterrupt, hidden
 from saelab.stores.results import Result
 from saelab.training.ranks import ALONE, RankGrid
 
+logger = logging.getLogger(__name__)
 Parsed = TypeVar("Parsed")
 BYTES_PER_TOKEN = 3.5
 """approximate value for English with much JSON in it"""
@@ -38,6 +40,8 @@ class Question(Generic[Parsed]):
     read: Callable[[str], Parsed]
     tokens_out: int = 40
     """approximate length of a response"""
+    schema: Mapping[str, Any] | None = None
+    """JSON schema that a `StructuredClient` holds the response to"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,7 +104,10 @@ class TokenUsage(Result):
     n_kept: int = 0
     """responses taken from the cache"""
     n_retries: int = 0
+    n_unusable: int = 0
+    """responses that were empty, cut off or withheld, which count as all others do"""
     tokens_in: int = 0
+    """as the server counts them; an estimate where it does not, and for requests that it left unanswered"""
     tokens_out: int = 0
     cost: float | None = None
     """None without prices"""
@@ -113,6 +120,8 @@ class TokenUsage(Result):
         lines.append(
             f"{self.tokens_in:,} tokens in, {self.tokens_out:,} out, cost {_price(self.cost)}, {self.seconds:.1f} s"
         )
+        if self.n_unusable:
+            lines.append(f"{self.n_unusable:,} answers were empty, cut off or withheld")
         return "\n".join(lines + ([f"stopped: {self.stopped}"] if self.stopped else []))
 
 
@@ -259,9 +268,19 @@ class RequestQueue:
         self.usage = TokenUsage(cost=self.cfg.cost(0, 0))
         self._lock = threading.Lock()
         self._stop = threading.Event()
+        self._structured = isinstance(client, StructuredClient)
         self._reserved = 0.0  # what the prompts under way may cost
+        self._most_out = 0  # tokens of the longest response so far
         self._n_failed = 0
         self._open_at = 0.0  # when the server takes prompts again
+        if n_old := self.log.n_placeless[str(client.settings.get("model"))] if "endpoint" in client.settings else 0:
+            logger.warning(
+                "%s holds %d answers of a model named %s that do not say which endpoint gave them: they are not used, "
+                "and their prompts are sent again.",
+                self.log.path,
+                n_old,
+                client.name,
+            )
 
     def finish(self) -> TokenUsage:
         """Put the responses of all processes into the one file; returns the usage of all, whose time is the longest."""
@@ -269,7 +288,7 @@ class RequestQueue:
         if isinstance(self.client, OfflineClient):
             self.client.join(self.ranks)
         parts = [TokenUsage(**part) for part in self.ranks.gather_json(asdict(self.usage))]
-        names = ("n_requests", "n_kept", "n_retries", "tokens_in", "tokens_out")
+        names = ("n_requests", "n_kept", "n_retries", "n_unusable", "tokens_in", "tokens_out")
         counts = {name: sum(getattr(part, name) for part in parts) for name in names}
         return TokenUsage(
             **counts,
@@ -298,7 +317,7 @@ class RequestQueue:
         """The value of a cached response; None where there is none that can be parsed."""
         kept = self.log.find(self._key(question.messages))
         try:
-            return None if kept is None else question.read(kept.text)
+            return None if kept is None or kept.problem else question.read(kept.text)
         except ValueError:
             return None
 
@@ -346,9 +365,11 @@ class RequestQueue:
         messages = question.messages
         for _ in range(self.cfg.n_asks):
             try:
-                answer = self._answer(messages, question.tokens_out)
+                answer = self._answer(messages, question)
             except NotAnswered as error:
                 return Reply(problem=str(error), is_waiting=isinstance(error, Waiting))
+            if answer.problem:  # the same again would be paid for again
+                return Reply(problem=f"the answer cannot be used: {answer.problem}")
             try:
                 return Reply(value=question.read(answer.text))
             except ValueError as error:
@@ -356,8 +377,8 @@ class RequestQueue:
                 messages = remind(messages, answer.text, problem)
         return Reply(problem=f"no readable answer in {self.cfg.n_asks}: {problem}")
 
-    def _answer(self, messages: Messages, tokens_out: int) -> Answer:
-        """The cached response of a prompt, or a new one."""
+    def _answer(self, messages: Messages, question: Question[Any]) -> Answer:
+        """The cached response to messages, or a new one, which is counted before anything is made of it."""
         key = self._key(messages)
         known = self.log.find(key)
         if known is not None:
@@ -366,22 +387,29 @@ class RequestQueue:
             if isinstance(self.client, OfflineClient):
                 self.client.note(messages)
             return known
-        expected = self._reserve(count_tokens(messages), tokens_out)
+        expected = self._reserve(count_tokens(messages), question.tokens_out)
         try:
-            answer, seconds = self._send(key, messages)
+            answer, seconds = self._send(key, messages, question)
+            # where the server does not count, an estimate
+            tokens_out = answer.tokens_out or count_tokens([{"content": answer.text}])
+            self._count(answer.tokens_in or count_tokens(messages), tokens_out, n_unusable=bool(answer.problem))
             self.log.add(key, self.client.settings, messages, answer, seconds)
-            self._count(answer, count_tokens(messages))
-            return answer
         finally:
             with self._lock:
                 self._reserved -= expected
+        if answer.problem:
+            self._fail(answer.problem)
+        else:
+            with self._lock:
+                self._n_failed = 0
+        return answer
 
     def _reserve(self, tokens_in: int, tokens_out: int) -> float:
         """Reserve what a prompt may cost; Waiting where the budget has no room, or had none for an earlier prompt."""
         if self.cfg.budget is None:
             return 0.0
-        expected = self.cfg.cost(tokens_in, tokens_out) or 0.0
         with self._lock:
+            expected = self.cfg.cost(tokens_in, max(tokens_out, self._most_out)) or 0.0
             spent, share = (self.usage.cost or 0.0) + self._reserved, self.cfg.budget / self.ranks.size
             if self.usage.stopped or spent + expected > share:
                 self.usage = replace(self.usage, stopped=f"the budget of {self.cfg.budget:g} is used up")
@@ -389,31 +417,33 @@ class RequestQueue:
             self._reserved += expected
         return expected
 
-    def _count(self, answer: Answer, tokens_in: int) -> None:
-        tokens_in = answer.tokens_in or tokens_in  # where the server does not count, an estimate
-        tokens_out = answer.tokens_out or count_tokens([{"content": answer.text}])
+    def _count(self, tokens_in: int, tokens_out: int, n_requests: int = 1, n_unusable: int = 0) -> None:
+        """Add a request to the usage; one that the server left unanswered with `n_requests` 0."""
         with self._lock:
-            self._n_failed = 0
+            self._most_out = max(self._most_out, tokens_out)
             used = self.usage
             tokens_in, tokens_out = used.tokens_in + tokens_in, used.tokens_out + tokens_out
             self.usage = replace(
                 used,
-                n_requests=used.n_requests + 1,
+                n_requests=used.n_requests + n_requests,
+                n_unusable=used.n_unusable + n_unusable,
                 tokens_in=tokens_in,
                 tokens_out=tokens_out,
                 cost=self.cfg.cost(tokens_in, tokens_out),
             )
 
-    def _send(self, key: str, messages: Messages) -> tuple[Answer, float]:
+    def _send(self, key: str, messages: Messages, question: Question[Any]) -> tuple[Answer, float]:
         """Send a prompt until it is answered; Waiting where retries are used up or the run is stopped."""
         problem = ""
         for n in range(self.cfg.n_tries):
             self._pause(key, n)
             start = time.monotonic()
             try:
-                return self.client.complete(messages), time.monotonic() - start
+                return self._complete(messages, question.schema), time.monotonic() - start
             except RetryLater as error:
                 problem = str(error)
+                if error.billed:
+                    self._count(count_tokens(messages), question.tokens_out, n_requests=0)
                 if (error.wait or 0.0) > self.cfg.longest_wait:
                     break
                 with self._lock:
@@ -427,6 +457,12 @@ class RequestQueue:
         self._fail(problem)
         raise Waiting(f"no answer: {problem}")
 
+    def _complete(self, messages: Messages, schema: Mapping[str, Any] | None) -> Answer:
+        if schema is None or not self._structured:
+            return self.client.complete(messages)
+        assert isinstance(self.client, StructuredClient)
+        return self.client.complete_as(messages, schema)
+
     def _pause(self, key: str, n: int) -> None:
         """Wait before retry `n`: longer each time, and at least as long as the server last asked of any request."""
         spread = random.Random(f"{self.cfg.seed} {key} {n}").uniform(0.5, 1.5)
@@ -436,12 +472,12 @@ class RequestQueue:
             raise Waiting("the run was stopped")
 
     def _fail(self, problem: str) -> None:
-        """Count a prompt without a response; ConnectionError where it was the last of many in a row."""
+        """Count a prompt without a usable response; ConnectionError where it was the last of many in a row."""
         with self._lock:
             self._n_failed += 1
             n_failed = self._n_failed
         if n_failed >= FAILURES:
             raise ConnectionError(
-                f"The endpoint must answer, got no answer to {n_failed} prompts in a row ({problem}). "
+                f"The endpoint must answer, got no usable answer to {n_failed} prompts in a row ({problem}) "
                 f"Answers so far are in {self.log.path}; run the same again to go on."
             )

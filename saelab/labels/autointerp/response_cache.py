@@ -8,6 +8,7 @@ import json
 import logging
 import os
 import threading
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime, timezone
@@ -52,6 +53,8 @@ class AnswerLog:
         self._own = self.path.with_name(f"{self.path.stem}.part-{part}{self.path.suffix}") if part else self.path
         self._lock = threading.Lock()
         self._known: dict[str, tuple[Answer, float]] = {}
+        self.n_placeless: Counter[str] = Counter()
+        """by name of the model, responses in the file that do not say which endpoint gave them"""
         for file in (self.path, *self._parts()):
             if file.is_file():
                 self._read(file)
@@ -92,7 +95,7 @@ class AnswerLog:
             "tokens_out": answer.tokens_out,
             "seconds": round(seconds, 3),
             "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        }
+        } | ({"problem": answer.problem} if answer.problem else {})
         with self._lock:
             self._write(json.dumps(entry))
             self._known[key] = (answer, seconds)
@@ -117,9 +120,12 @@ class AnswerLog:
         for line in path.read_bytes().splitlines():
             try:
                 entry = json.loads(line)
-                answer = Answer(text=entry["answer"], tokens_in=entry["tokens_in"], tokens_out=entry["tokens_out"])
+                counts = {name: entry[name] for name in ("tokens_in", "tokens_out")}
+                answer = Answer(text=entry["answer"], problem=entry.get("problem", ""), **counts)
                 self._known[entry["key"]] = (answer, float(entry["seconds"]))
-            except (ValueError, KeyError, TypeError):
+                if not {"endpoint", "local"} & (settings := entry["settings"]).keys():
+                    self.n_placeless[str(settings.get("model"))] += 1
+            except (ValueError, KeyError, TypeError, AttributeError):
                 n_bad += bool(line.strip())
         if n_bad:
             logger.info("%s has %d lines that cannot be read; what they answered is asked again", path, n_bad)

@@ -1,4 +1,4 @@
-"""Scorers of labels on held-out windows: detection, fuzzing, pairwise detection and simulation."""
+"""Scorers of labels by a language model on held-out windows, and of features without a label (intruder)."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -15,10 +15,13 @@ from saelab.labels.autointerp.example_windows import FeatureExamplesSplit
 from saelab.labels.autointerp.prompts import (
     contrast_prompt,
     detection_prompt,
+    flags_schema,
     fuzzing_prompt,
+    intruder_prompt,
     read_flags,
     read_strengths,
     simulation_prompt,
+    strengths_schema,
 )
 from saelab.labels.autointerp.requests import Question, Reply, RequestQueue
 from saelab.stores.results import Result
@@ -28,6 +31,10 @@ N_EACH = 10
 """Windows, or pairs, per prompt."""
 N_LONG = 5
 """Windows per prompt that lists every token."""
+N_TOGETHER = 5
+"""Windows among which the intruder is to be found."""
+N_ALIKE = 8
+"""Firing windows, at least, among whose strengths those of a prompt are drawn."""
 CONFIDENCE = 0.95
 N_DRAWS = 1000
 NAN = float("nan")
@@ -39,7 +46,8 @@ class Score(Result):
 
     name: str
     value: float
-    """balanced accuracy, or Pearson's r for simulation; higher is better, 1 is perfect"""
+    """balanced accuracy, Pearson's r for simulation, accuracy for intruders, AUROC for embeddings; higher is better, 1 is
+    perfect"""
     chance: float
     """score without any knowledge of the feature, such as by always answering yes or no"""
     low: float
@@ -180,7 +188,7 @@ class PairwiseDetection(LLMScorer):
             ((fires, silent), True) if i % 2 else ((silent, fires), False) for i, (fires, silent) in enumerate(pairs)
         ]
         shuffled = _shuffle(sides, rng)
-        return _flag_tasks(partial(contrast_prompt, text), shuffled, read=_read_sides)
+        return _flag_tasks(partial(contrast_prompt, text), shuffled, (1, 2), _read_sides)
 
 
 class Simulation(LLMScorer):
@@ -205,6 +213,7 @@ class Simulation(LLMScorer):
             messages=simulation_prompt(text, windows),
             read=partial(read_strengths, n=len(truth)),
             tokens_out=12 * N_LONG,
+            schema=strengths_schema(len(truth)),
         )
         numbers = tuple(start + i for i, window in enumerate(windows) for _ in window.words)
         return ScoringTask(question=question, truth=tuple(truth), windows=numbers)
@@ -225,7 +234,56 @@ class Simulation(LLMScorer):
         )
 
 
-SCORERS = {kind.name: kind for kind in (Detection, Fuzzing, PairwiseDetection, Simulation)}
+class Intruder(LLMScorer):
+    """Intruder score: how often a language model finds, among five windows, the one in which the feature does not fire.
+
+    Accuracy, chance 1/5. It needs no label, and says whether the windows of a feature have something in common that a
+    reader sees. Each silent window, half of them hard, is the intruder once, among firing windows of similar strength;
+    it has as many marks as one of them, and every place holds equally many intruders. After arXiv:2507.08473.
+    """
+
+    name = "intruder"
+
+    def tasks(self, text: str, case: FeatureExamplesSplit) -> list[ScoringTask]:
+        """One prompt for each silent window; the label's text is not in them."""
+        rng = self._rng(case)
+        intruders = _shuffle([*case.hard, *case.easy], rng)
+        intruders = intruders[: len(intruders) // N_TOGETHER * N_TOGETHER]
+        if len(case.fires) < N_TOGETHER - 1:
+            return []
+        ordered = sorted(case.fires, key=lambda window: max(map(abs, window.values)))
+        groups = np.array_split(np.arange(len(ordered)), max(1, len(ordered) // N_ALIKE))
+        places = rng.permutation(np.arange(len(intruders)) % N_TOGETHER).tolist()
+        tasks = []
+        for i, (intruder, place) in enumerate(zip(intruders, places, strict=True)):
+            drawn = rng.choice(groups[i % len(groups)], N_TOGETHER - 1, replace=False)
+            marked = [(ordered[j], case.fires_at(ordered[j])) for j in drawn]
+            marked.insert(place, _mark_near(case, intruder, ordered[rng.choice(drawn)], rng))
+            numbers = range(1, N_TOGETHER + 1)
+            question = Question(
+                messages=intruder_prompt(marked),
+                read=partial(read_flags, n=1, allowed=numbers),
+                tokens_out=6,
+                schema=flags_schema(1, numbers),
+            )
+            tasks.append(ScoringTask(question=question, truth=(float(place + 1),)))
+        return tasks
+
+    def judge(self, tasks: Sequence[ScoringTask], answers: Sequence[list[Any]]) -> Score:
+        """The share of prompts whose intruder was found, with its Clopper-Pearson interval."""
+        right = [int(answer[0] == task.truth[0]) for task, answer in zip(tasks, answers, strict=True)]
+        low, high = clopper_pearson(np.array([sum(right)]), len(right), CONFIDENCE)
+        return Score(
+            name=self.name,
+            value=float(np.mean(right)),
+            chance=1 / N_TOGETHER,
+            low=float(low[0]),
+            high=float(high[0]),
+            n_windows=len(right),
+        )
+
+
+SCORERS = {kind.name: kind for kind in (Detection, Fuzzing, PairwiseDetection, Intruder, Simulation)}
 
 
 def balance(name: str, truth: Sequence[bool], said: Sequence[bool]) -> Score:
@@ -249,7 +307,10 @@ def balance(name: str, truth: Sequence[bool], said: Sequence[bool]) -> Score:
 
 
 def _flag_tasks(
-    prompt: Callable[[list[Any]], Any], items: list[tuple[Any, bool]], read: Callable[..., list[int]] | None = None
+    prompt: Callable[[list[Any]], Any],
+    items: list[tuple[Any, bool]],
+    allowed: Sequence[int] = (0, 1),
+    read: Callable[..., list[int]] | None = None,
 ) -> list[ScoringTask]:
     """Items with their correct answers, a few per prompt; none where all have the same answer."""
     if len({truth for _, truth in items}) < 2:
@@ -258,7 +319,12 @@ def _flag_tasks(
     for start in range(0, len(items), N_EACH):
         part = items[start : start + N_EACH]
         reader = partial(read or _read_yes, n=len(part))
-        question = Question(messages=prompt([item for item, _ in part]), read=reader, tokens_out=4 + 2 * len(part))
+        question = Question(
+            messages=prompt([item for item, _ in part]),
+            read=reader,
+            tokens_out=4 + 2 * len(part),
+            schema=flags_schema(len(part), allowed),
+        )
         tasks.append(ScoringTask(question=question, truth=tuple(float(truth) for _, truth in part)))
     return tasks
 

@@ -5,6 +5,7 @@ import json
 import os
 import re
 import signal
+import sys
 import threading
 import time
 from collections import Counter
@@ -16,8 +17,8 @@ import pytest
 import torch
 
 import saelab as sl
-from saelab.labels.autointerp import clients
-from saelab.labels.autointerp.clients import Answer, Client, LocalClient, NotAnswered, OpenAIClient, RetryLater
+from saelab.labels.autointerp.clients import Answer, Client, LocalClient, NotAnswered, RetryLater
+from saelab.labels.autointerp.endpoints import OpenAIClient
 from saelab.labels.autointerp.example_windows import ExampleConfig, build_case
 from saelab.labels.autointerp.explainers import Explainer, LLMExplainer, estimate_labels, explain_features, score_labels
 from saelab.labels.autointerp.prompts import (
@@ -28,7 +29,7 @@ from saelab.labels.autointerp.prompts import (
     read_strengths,
     simulation_prompt,
 )
-from saelab.labels.autointerp.requests import FAILURES, Question, Reply, RequestConfig, RequestQueue
+from saelab.labels.autointerp.requests import FAILURES, Question, Reply, RequestConfig, RequestQueue, count_tokens
 from saelab.labels.autointerp.response_cache import AnswerLog, OfflineClient, make_key
 from saelab.labels.autointerp.scorers import SCORERS, Fuzzing, Scorer, balance
 from saelab.labels.label import Label
@@ -516,7 +517,9 @@ def test_every_fault_of_a_server_ends_in_the_same_labels(serve, store, tmp_path)
     met = Counter(server.faults.values())
     assert set(met) == set(PLAN) and set(server.answered().values()) == {1}  # nothing is asked again once answered
     assert found.usage.n_requests == len(server.faults) and found.usage.n_retries == len(server.faults) - met["ok"]
-    assert found.usage.tokens_in == 50 * found.usage.n_requests and found.usage.cost is None
+    broken = [prompt for prompt, what, _ in server.log if what in ("slow", "cut", "half")]  # the model may have worked
+    estimated = sum(count_tokens(json.loads(prompt)) for prompt in broken)
+    assert broken and found.usage.tokens_in == 50 * found.usage.n_requests + estimated and found.usage.cost is None
     assert 2 <= server.most_busy <= FAST.n_parallel + met["slow"]  # those that were given up are still busy
     waits = [when for _, what, when in server.log if what == "429"]
     assert all(
@@ -833,8 +836,8 @@ def test_wrong_arguments_are_refused(store, tmp_path, monkeypatch):
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
     with pytest.raises(ValueError, match="`key_from` must name"):
         OpenAIClient("gpt")
-    monkeypatch.setitem(clients.__dict__["os"].sys.modules, "openai", None)
-    with pytest.raises(ImportError, match=r"saelab\[llm\]"):
+    monkeypatch.setitem(sys.modules, "openai", None)
+    with pytest.raises(ImportError, match=r"pip install 'openai"):
         OpenAIClient("gpt", "http://127.0.0.1:1")
 
 
