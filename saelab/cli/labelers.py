@@ -1,17 +1,21 @@
 """Parts of `saelab label`: predicates of rules, clients of language models, features to label, labels kept."""
 
 import runpy
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from saelab.analysis.direct_logits import LogitLens, logit_lens
 from saelab.cli.inputs import open_recorded, share_temporary
 from saelab.cli.terminal import echo, make_printable
 from saelab.collecting.harvesting import harvest_untrained, require_harvested
 from saelab.labels.autointerp.clients import Client, LocalClient
+from saelab.labels.autointerp.embeddings import Embedding
 from saelab.labels.autointerp.endpoints import OpenAIClient
 from saelab.labels.autointerp.response_cache import OfflineClient
+from saelab.labels.autointerp.scorers import Scorer
+from saelab.labels.encoders import SentenceEncoder
 from saelab.labels.label import BOTH, Label
 from saelab.labels.label_store import LabelStore
 from saelab.labels.rules.predicates import N_PREDICATES, Predicate, Predicates, make_predicates
@@ -19,6 +23,7 @@ from saelab.labels.rules.rule_search import label_by_rules
 from saelab.lm.models import load_model
 from saelab.sae.compatibility import match_weights
 from saelab.stores.feature_store import FeatureStore
+from saelab.stores.validation import parse_json
 from saelab.training.ranks import RankGrid
 
 BUILTIN, LOCAL, RULES = "builtin", "local", "rules"
@@ -49,17 +54,65 @@ def _run_file(path: Path) -> list[Predicate]:
 
 
 def choose_client(
-    llm: str | None, model: str | None, prompts: Path | None, answers: Path | None, progress: bool
+    llm: str | None,
+    model: str | None,
+    prompts: Path | None,
+    answers: Path | None,
+    progress: bool,
+    settings: Sequence[str] = (),
+    timeout: float | None = None,
 ) -> Client | None:
-    """Who answers prompts; None where no language model is asked for."""
+    """Who answers prompts; None where no language model is asked for.
+
+    Args:
+        llm: address of an endpoint, or `local`; None is OpenAI's.
+        model: name of the model there, or a folder.
+        prompts: file for the prompts, in the place of an endpoint.
+        answers: file of answers to such prompts.
+        progress: show a progress bar while a local model loads.
+        settings: as `read_settings` reads them.
+        timeout: seconds to wait for a response; None is the client's own.
+    """
     if prompts is not None or answers is not None:
         if llm is not None:
             raise ValueError("Prompts must go to a file or to `--llm`, got both. Give one of them.")
         return OfflineClient(answers, name=model) if model is not None else OfflineClient(answers)
-    return open_client(llm, model, progress)
+    return open_client(llm, model, progress, settings=read_settings(settings), timeout=timeout)
 
 
-def open_client(llm: str | None, model: str | None, progress: bool, option: str = "--model") -> Client | None:
+def read_settings(given: Sequence[str]) -> dict[str, Any]:
+    """The settings of `--setting NAME=VALUE`: values are JSON where they can be read as such, None where empty.
+
+    >>> read_settings(["max_tokens=2048", "reasoning_effort=low", "temperature="])
+    {'max_tokens': 2048, 'reasoning_effort': 'low', 'temperature': None}
+    """
+    found: dict[str, Any] = {}
+    for one in given:
+        name, equals, value = one.partition("=")
+        if not name or not equals:
+            raise ValueError(f"`--setting` must be NAME=VALUE, or NAME= for a setting that is not sent, got '{one}'.")
+        try:
+            found[name] = parse_json(value) if value else None
+        except ValueError:
+            found[name] = value
+    return found
+
+
+def choose_scorers(names: Sequence[str], encoder: str | None) -> list[str | Scorer]:
+    """Scorers by name; `embedding` compares by the encoder of a name or folder."""
+    if Embedding.name in names and encoder is None:
+        raise ValueError(f"The scorer `{Embedding.name}` needs `--encoder`, the name of a sentence-transformers model.")
+    return [Embedding(SentenceEncoder(str(encoder))) if name == Embedding.name else name for name in names]
+
+
+def open_client(
+    llm: str | None,
+    model: str | None,
+    progress: bool,
+    option: str = "--model",
+    settings: Mapping[str, Any] | None = None,
+    timeout: float | None = None,
+) -> Client | None:
     """Client of a language model that labels features; None where none is named.
 
     Args:
@@ -67,12 +120,19 @@ def open_client(llm: str | None, model: str | None, progress: bool, option: str 
         model: name of the model there, or a folder.
         progress: show a progress bar while a local model loads.
         option: the option that `model` comes from.
+        settings: sent with each request, besides the client's own or in their place.
+        timeout: seconds to wait for a response; None is the client's own.
     """
     if model is None:
         if llm is not None:
             raise ValueError(f"`--llm` needs `{option}`, the name of a language model there, got '{llm}' alone.")
         return None
-    return LocalClient(load_model(model, progress=progress)) if llm == LOCAL else OpenAIClient(model, llm)
+    if llm == LOCAL:
+        if unknown := sorted({*settings or ()} - {"max_tokens"}):
+            raise ValueError(f"A local model takes the setting max_tokens alone, got {', '.join(unknown)}.")
+        length = {"n_tokens": settings["max_tokens"]} if settings and settings["max_tokens"] else {}
+        return LocalClient(load_model(model, progress=progress), **length)
+    return OpenAIClient(model, llm, settings=settings, **({} if timeout is None else {"timeout": timeout}))
 
 
 def find_wanted(

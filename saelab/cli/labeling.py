@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 SET, SAVE = Source("saelab.labels.label_store:LabelStore.set"), Source("saelab.labels.label_store:LabelStore.save")
 REQUESTS = Source("saelab.labels.autointerp.requests:RequestConfig")
+TIMEOUT: float = Source("saelab.labels.autointerp.endpoints:OpenAIClient.__init__").timeout
+ALL_SCORERS = (*read_value("saelab.labels.autointerp.scorers:NAMES"), "embedding")
 SCORERS = ",".join(Source("saelab.labels.autointerp.explainers:explain_features").scorers)
 N_PREDICATES = read_value("saelab.labels.rules.predicates:N_PREDICATES")
 N_TOKENS = read_value("saelab.labels.rules.rule_search:N_TOKENS")
@@ -51,10 +53,22 @@ def find_labels(
         str, Argument(metavar="TEXT", help="Words that the label has, as they are, longer or in another form.")
     ],
     every: Annotated[bool, Option("--all", help="Labels that are not chosen, too.")] = False,
+    encoder: Annotated[
+        str | None,
+        Option(
+            help="A sentence-transformers model, by which labels of similar meaning follow.",
+            metavar="NAME",
+            show_default="words alone",
+        ),
+    ] = None,
     top: Annotated[int, Option(help="Labels to show.")] = 20,
 ) -> None:
-    """Find features by their labels, the best first."""
-    _print(_open(context).search(text, every=every), top)
+    """Find features by their labels, the best first: by words and, with --encoder, by meaning."""
+    from saelab.labels.encoders import SentenceEncoder
+
+    _print(
+        _open(context).search(text, every, encoder=None if encoder is None else SentenceEncoder(encoder), top=top), top
+    )
 
 
 def show_labels(context: Context, feature: FeatureNumber) -> None:
@@ -205,7 +219,25 @@ def label_features(
         str | None,
         Option(help="The language model that labels and scores.", metavar="NAME", show_default="none is asked"),
     ] = None,
-    scorers: Annotated[str, Option(help="Scorers of its labels, joined by commas.", metavar="NAMES")] = SCORERS,
+    setting: Annotated[
+        list[str] | None,
+        Option(
+            help="What is sent with each prompt, such as max_tokens=2048; NAME= leaves a setting out; may be given "
+            "again.",
+            metavar="NAME=VALUE",
+            show_default="temperature=0 and max_tokens=512, or what the model takes in their place",
+        ),
+    ] = None,
+    timeout: Annotated[
+        float, Option(help="Seconds to wait for an answer of the endpoint.", metavar="SECONDS")
+    ] = TIMEOUT,
+    scorers: Annotated[
+        str, Option(help=f"Scorers of its labels, joined by commas: {', '.join(ALL_SCORERS)}.", metavar="NAMES")
+    ] = SCORERS,
+    encoder: Annotated[
+        str | None,
+        Option(help="A sentence-transformers model, for the scorer embedding.", metavar="NAME", show_default="none"),
+    ] = None,
     budget: Annotated[float | None, Option(show_default="no limit")] = None,
     price_in: Annotated[float | None, Option(show_default="unknown")] = None,
     price_out: Annotated[float | None, Option(show_default="unknown")] = None,
@@ -245,13 +277,16 @@ def label_features(
             opened, numbers = FeatureStore.load(store), read_numbers(features)
             if bad := [j for j in numbers or () if not 0 <= j < opened.d_sae]:
                 raise ValueError(f"`--features` must be in 0..{opened.d_sae - 1}, got {bad[:5]}.")
-            client = labelers.choose_client(llm, model, export_prompts, import_answers, progress and ranks.is_first)
+            client = labelers.choose_client(
+                llm, model, export_prompts, import_answers, progress and ranks.is_first, setting or (), timeout
+            )
             if estimate and client is None:
                 raise ValueError("`--estimate` needs `--model`: rules cost nothing.")
             cfg = RequestConfig(n_parallel=parallel, budget=budget, price_in=price_in, price_out=price_out)
         if not estimate:
             ranks.on_first(lambda: stack.enter_context(hold_folder(store)))
         by_rules, names = rules is not None or client is None, [name for name in scorers.split(",") if name]
+        judges = labelers.choose_scorers(names, encoder) if client is not None else []
 
         def choose() -> str:
             author = client.name if client is not None else ""
@@ -273,7 +308,7 @@ def label_features(
             )
         if client is None:
             return
-        asked: dict[str, Any] = {"signs": (1, -1) if opened.signed else (BOTH,), "scorers": names, "asking": cfg}
+        asked: dict[str, Any] = {"signs": (1, -1) if opened.signed else (BOTH,), "scorers": judges, "asking": cfg}
         if asked_of == []:
             echo(f"No feature is left to label by {client.name}.", err=True)
             return

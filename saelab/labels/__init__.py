@@ -7,6 +7,12 @@ from saelab._lazy import attach
 if TYPE_CHECKING:
     from saelab.labels import autointerp as autointerp, rules as rules
     from saelab.labels.annotations import Annotations as Annotations, Change as Change
+    from saelab.labels.encoders import (
+        SentenceEncoder as SentenceEncoder,
+        TextEncoder as TextEncoder,
+        VectorIndex as VectorIndex,
+        encode_texts as encode_texts,
+    )
     from saelab.labels.label import (
         Format as Format,
         Label as Label,

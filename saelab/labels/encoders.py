@@ -124,10 +124,11 @@ class VectorIndex:
         return len(self._vectors)
 
     def compare(self, query: str, texts: Sequence[str]) -> Float[np.ndarray, "n"]:
-        """Cosine of the query with each text, all of which are encoded if they are not yet."""
-        self.update(texts)
+        """Cosine of the query with each text; where some are new, all of them are what is kept from then on."""
         if not texts:
             return np.zeros(0, np.float32)
+        if any(_digest(text) not in self._vectors for text in texts):
+            self.update([*texts])
         rows = np.stack([self._vectors[_digest(text)] for text in texts])
         return rows @ encode_texts(self.encoder, [query], queries=True)[0]
 

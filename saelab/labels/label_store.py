@@ -17,7 +17,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, SupportsIndex
 
+import numpy as np
+
 from saelab.functional.indices import read_feature
+from saelab.labels.encoders import TextEncoder, VectorIndex
 from saelab.labels.label import (
     BOTH,
     Format,
@@ -49,6 +52,8 @@ from saelab.stores.files import write_atomic
 from saelab.stores.manifest import FeatureManifest
 
 FILE = "labels.sqlite"
+VECTORS = ".vectors.safetensors"
+TOP = 20
 TIMEOUT = 30.0
 BY_FEATURE = "feature, CASE sign WHEN 0 THEN 0 WHEN 1 THEN 1 ELSE 2 END, place"  # the whole feature, then + and -
 
@@ -169,10 +174,40 @@ class LabelStore:
         sql = "SELECT feature, count(*), sum(id), sum(fixed * id) FROM labels GROUP BY feature"
         return {row[0]: row[1:] for row in self.read(sql)}
 
-    def search(self, text: str, every: bool = False) -> list[Label]:
-        """The chosen labels (with `every`, all labels) that match a text query, best match first; see `rank_texts`."""
-        entries = [entry for entry in self._entries() if every or entry.chosen]
-        return [entries[i].label for i in rank_texts([entry.label.text for entry in entries], text)]
+    def search(
+        self, text: str, every: bool = False, *, encoder: TextEncoder | None = None, top: int = TOP
+    ) -> list[Label]:
+        """The chosen labels that match a text query, best match first.
+
+        By words, see `rank_texts`; with an encoder they are followed by the labels that are nearest in meaning, by the
+        cosine of their vectors with the query's. The vectors are kept beside the database, in a file of the same name
+        that ends in .vectors.safetensors, so that a label is encoded once. Labels of kind "none" (no good name) have no
+        meaning to search.
+
+        Args:
+            text: the query.
+            every: whether to search all labels instead of the chosen ones.
+            encoder: function from texts to vectors, such as a `SentenceEncoder`; None searches words alone.
+            top: with an encoder, number of labels up to which those by meaning are added.
+
+        >>> import tempfile
+        >>> wet = lambda texts: [[float("rain" in t or "weather" in t), float("cat" in t), 0.1] for t in texts]
+        >>> with tempfile.TemporaryDirectory() as folder, LabelStore(f"{folder}/labels.sqlite") as book:
+        ...     _ = [book.set(i, text, author="me") for i, text in enumerate(("a cat", "rain and storms"))]
+        ...     [label.text for label in book.search("weather", encoder=wet, top=1)]
+        ['rain and storms']
+        """
+        entries = self._entries()
+        searched = [entry.label for entry in entries if every or entry.chosen]
+        found = rank_texts([label.text for label in searched], text)
+        if encoder is not None:
+            meant = [label.text for label in (entry.label for entry in entries) if label.kind != "none"]
+            index = VectorIndex(encoder, self.path.with_suffix(VECTORS) if meant else None)
+            index.update(meant)
+            others = [i for i in range(len(searched)) if i not in {*found} and searched[i].kind != "none"]
+            near = index.compare(text, [searched[i].text for i in others])
+            found += [others[j] for j in np.argsort(-near, kind="stable")[: max(0, top - len(found))]]
+        return [searched[i] for i in found]
 
     def authors(self) -> dict[str, int]:
         """Number of labels by author, most first."""

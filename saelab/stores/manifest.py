@@ -240,7 +240,7 @@ class FeatureManifest(Manifest):
     kind = "features"
     verb = "harvest"
     files_of_kind = ("shard-*.safetensors", "tokens.safetensors", "strings.json", "statistics.safetensors")
-    allowed_files = ("labels*.sqlite", "answers.jsonl", "answers.part-*.jsonl")
+    allowed_files = ("labels*.sqlite", "labels*.vectors.safetensors", "answers.jsonl", "answers.part-*.jsonl")
 
     d_sae: int
     dtype: str

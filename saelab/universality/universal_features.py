@@ -16,6 +16,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from saelab.labels.label import join_texts
+from saelab.labels.encoders import TextEncoder
 from saelab.labels.label_store import LabelStore
 from saelab.sae.sae import SAE
 from saelab.stores.feature_store import FeatureStore
@@ -136,12 +137,17 @@ def match_keywords(tops: Tops, keywords: Iterable[str]) -> Bool[np.ndarray, "n_p
     return np.array([not wanted.isdisjoint(map(_fold, tokens)) for tokens in tops], dtype=bool)
 
 
-def search_labels(book: LabelStore, text: str) -> Int[np.ndarray, "n_features"]:
+def search_labels(
+    book: LabelStore, text: str, encoder: TextEncoder | None = None, top: int = 20
+) -> Int[np.ndarray, "n_features"]:
     """The features whose chosen label contains the words of `text`, best match first, for `np.isin(features, ...)`.
 
-    Labels of kind "none" (no good name) are ignored.
+    Labels of kind "none" (no good name) are ignored. With an encoder those nearest in meaning follow, up to `top`
+    labels in all; see `LabelStore.search`.
     """
-    found = dict.fromkeys(label.feature for label in book.search(text) if label.kind != "none")
+    found = dict.fromkeys(
+        label.feature for label in book.search(text, encoder=encoder, top=top) if label.kind != "none"
+    )
     return np.array(list(found), dtype=np.int64)
 
 

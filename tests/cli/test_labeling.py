@@ -103,7 +103,7 @@ class Fake:
     name, settings = "fake", {"model": "fake"}
     n_asked = 0
 
-    def __init__(self, *_: object) -> None:
+    def __init__(self, *_: object, **__: object) -> None:
         pass
 
     def complete(self, messages: Messages) -> Answer:

@@ -9,7 +9,11 @@ if TYPE_CHECKING:
         Answer as Answer,
         Client as Client,
         LocalClient as LocalClient,
+        NotAnswered as NotAnswered,
+        RetryLater as RetryLater,
+        StructuredClient as StructuredClient,
     )
+    from saelab.labels.autointerp.embeddings import Embedding as Embedding
     from saelab.labels.autointerp.endpoints import OpenAIClient as OpenAIClient
     from saelab.labels.autointerp.example_windows import (
         ExampleConfig as ExampleConfig,
@@ -36,6 +40,7 @@ if TYPE_CHECKING:
     from saelab.labels.autointerp.scorers import (
         Detection as Detection,
         Fuzzing as Fuzzing,
+        Intruder as Intruder,
         LLMScorer as LLMScorer,
         PairwiseDetection as PairwiseDetection,
         Score as Score,

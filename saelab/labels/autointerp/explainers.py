@@ -137,8 +137,8 @@ def explain_features(
         explainer: a client, which explains and scores, or an `Explainer`; with the latter, scorers must be objects.
         features: numbers of the features; None takes all that fire.
         signs: signs to label separately, 1 and -1; 0 stands for both together.
-        scorers: names among "detection", "fuzzing", "contrast" and "simulation", which use the client, or `Scorer`
-            objects.
+        scorers: names among "detection", "fuzzing", "contrast", "intruder" and "simulation", which use the client, or
+            `Scorer` objects such as `Embedding`.
         untrained: store of the same tokens by an untrained dictionary (`sl.collecting.harvest_untrained`), whose
             features of the same numbers are labeled and scored likewise, at the same cost again; the means of its
             scores are in the result.
@@ -214,8 +214,8 @@ def score_labels(
         store: feature store that holds codes and text.
         client: language model client; None where all scorers are objects.
         labels: labels to score.
-        scorers: names among "detection", "fuzzing", "contrast" and "simulation", which use the client, or `Scorer`
-            objects.
+        scorers: names among "detection", "fuzzing", "contrast", "intruder" and "simulation", which use the client, or
+            `Scorer` objects such as `Embedding`.
         answers: file of cached responses; None is answers.jsonl in the store's folder.
         asking: number of parallel requests, retries, prices and budget.
         cases: number and width of the example windows.
@@ -264,7 +264,7 @@ def estimate_labels(
     features: FeatureIds | None = None,
     *,
     signs: Sequence[int] = (1, -1),
-    scorers: Sequence[str] = ("detection", "fuzzing"),
+    scorers: Sequence[str | Scorer] = ("detection", "fuzzing"),
     answers: str | Path | None = None,
     asking: RequestConfig | None = None,
     cases: ExampleConfig | None = None,
@@ -278,7 +278,7 @@ def estimate_labels(
         client: language model client; it is not called.
         features: numbers of the features; None takes all that fire.
         signs: signs to label separately, 1 and -1; 0 stands for both together.
-        scorers: names among "detection", "fuzzing", "contrast" and "simulation".
+        scorers: as in `explain_features`; those that use no client cost nothing.
         answers: file of cached responses, which cost nothing; None is answers.jsonl in the store's folder.
         asking: number of parallel requests, retries, prices and budget.
         cases: number and width of the example windows.
@@ -293,8 +293,8 @@ def estimate_labels(
         text = plan.queue.peek(question)
         questions.append(question)
         for scorer in plan.scorers if text != "" else ():
-            assert isinstance(scorer, LLMScorer)
-            questions += scorer.questions([TYPICAL if text is None else text], [case])
+            if isinstance(scorer, LLMScorer):  # others ask nobody
+                questions += scorer.questions([TYPICAL if text is None else text], [case])
     return plan.queue.estimate(questions).times(len(sides) / max(1, len(sample)))
 
 
@@ -361,8 +361,8 @@ class _Plan:
     def facts(self) -> dict[str, Any]:
         """What must be the same in all processes."""
         client = None if self.queue is None else [self.queue.client.name, dict(self.queue.client.settings)]
-        names = [scorer.name for scorer in self.scorers]
-        return {"store": self.store.fingerprint, "client": client, "scorers": names, "windows": asdict(self.cases)}
+        scorers = [[scorer.name, dict(getattr(scorer, "settings", {}))] for scorer in self.scorers]
+        return {"store": self.store.fingerprint, "client": client, "scorers": scorers, "windows": asdict(self.cases)}
 
     @property
     def provenance(self) -> dict[str, Any]:
@@ -370,7 +370,8 @@ class _Plan:
         found: dict[str, Any] = {"cases": asdict(self.cases)}
         if self.queue is not None:
             found |= {"client": dict(self.queue.client.settings), "answers": self.queue.log.path.name}
-        return found
+        settings = {scorer.name: dict(getattr(scorer, "settings", {})) for scorer in self.scorers}
+        return found | {name: given for name, given in settings.items() if given}
 
     def finish(self) -> TokenUsage:
         """Requests made by all processes, whose responses are put into one file."""
@@ -431,7 +432,10 @@ def _make_scorer(scorer: str | Scorer, queue: RequestQueue | None, seed: int) ->
     if not isinstance(scorer, str):
         return scorer
     if scorer not in SCORERS:
-        raise ValueError(f"`scorers` must be among {list(SCORERS)}, or objects with a method `score`, got '{scorer}'.")
+        raise ValueError(
+            f"`scorers` must be among {list(SCORERS)}, or objects with a method `score`, such as `Embedding(encoder)`, "
+            f"got '{scorer}'."
+        )
     if queue is None:
         raise ValueError(f"The scorer '{scorer}' asks a client, got none. Give a client, or scorers that are objects.")
     return SCORERS[scorer](queue, seed)

@@ -283,7 +283,8 @@ class Intruder(LLMScorer):
         )
 
 
-SCORERS = {kind.name: kind for kind in (Detection, Fuzzing, PairwiseDetection, Intruder, Simulation)}
+NAMES = ("detection", "fuzzing", "contrast", "intruder", "simulation")
+SCORERS = dict(zip(NAMES, (Detection, Fuzzing, PairwiseDetection, Intruder, Simulation), strict=True))
 
 
 def balance(name: str, truth: Sequence[bool], said: Sequence[bool]) -> Score:

@@ -1,20 +1,18 @@
 """Labels by a language model: a real server on loopback with every fault, planted stores, hostile text."""
 
-import itertools
 import json
 import os
 import re
 import signal
 import sys
-import threading
 import time
 from collections import Counter
 from dataclasses import replace
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import numpy as np
 import pytest
 import torch
+from labeling_made import KEY, NAMES, TRUTHS, Always, Oracle, rows_of, split_marks
 
 import saelab as sl
 from saelab.labels.autointerp.clients import Answer, Client, LocalClient, NotAnswered, RetryLater
@@ -37,124 +35,8 @@ from saelab.labels.label import Label
 FAST = RequestConfig(wait=0.01, longest_wait=1.0)
 SMALL = ExampleConfig(n_top=4, n_each=1, n_silent=2, n_scored=2)
 ALL = tuple(SCORERS)
-FILLERS = [f"w{i}" for i in range(40)]
+LABELED = tuple(name for name in ALL if name != "intruder")  # which sees no label, and asks many prompts
 UNSEEN = 0.05  # the word before a window is not shown, and may have been very
-WORDS = ["hot", "cold", "river", "very", *FILLERS]
-VERY, HOT = WORDS.index("very"), WORDS.index("hot")
-
-
-# --- a planted store, and models that read prompts as a person would
-
-
-@pytest.fixture(scope="module")
-def store(tmp_path_factory):
-    """Feature 0 fires on hot, and negatively on cold; 1 on river; 2 on hot after very; 3 never."""
-    rng = np.random.default_rng(0)
-    ids = torch.from_numpy(rng.choice(len(WORDS), 8000, p=[0.03, 0.03, 0.04, 0.1] + [0.8 / 40] * 40)).int()
-    ids[1:][(ids[:-1] == VERY) & torch.from_numpy(rng.random(7999) < 0.3)] = HOT
-    x = torch.zeros(len(ids), 4)
-    x[:, 0] = (ids == 0).float() - (ids == 1).float()
-    x[:, 1] = (ids == 2).float()
-    x[1:, 2] = ((ids[1:] == HOT) & (ids[:-1] == VERY) & (torch.arange(1, 8000) % 50 != 0)).float()
-    columns = {
-        "token_ids": ids,
-        "doc_ids": (torch.arange(8000) // 50).int(),
-        "positions": (torch.arange(8000) % 50).int(),
-    }
-    where = sl.stores.Provenance(
-        model="m", weight_processing="none", hook_point="", text="", tokens_sha256="", mask={}, dtype="float32",
-        ctx_len=50, n_tokens=8000, seed=None, versions={},
-    )  # fmt: skip
-    sae = sl.SAE(sl.SAEConfig(d_in=4, d_sae=4, activation=sl.AbsTopK(k=3), normalizer="none"))
-    with torch.no_grad():
-        for weight, value in ((sae.W_enc, torch.eye(4)), (sae.W_dec, torch.eye(4))):
-            weight.copy_(value)
-        sae.b_enc.zero_()
-        sae.b_dec.zero_()
-    folder = tmp_path_factory.mktemp("store")
-    sl.harvest(sae, None, sl.Activations.from_tensor(x, where, **columns), folder, allow_mismatch=True, progress=False)
-    (folder / "strings.json").write_text(json.dumps({str(i): f" {word}" for i, word in enumerate(WORDS)}))
-    loaded = sl.FeatureStore.load(folder)
-    # The store's own reader of strings is one checked call for each token: the checks would take most of the time.
-    loaded.text = replace(loaded.text, strings=dict(loaded.text.strings))
-    return loaded
-
-
-TRUTHS = {
-    "hot": lambda words: [word == "hot" for word in words],
-    "cold": lambda words: [word == "cold" for word in words],
-    "river": lambda words: [word == "river" for word in words],
-    "hot after very": lambda words: [w == "hot" and p == "very" for p, w in zip(["", *words], words, strict=False)],
-}
-NAMES = {(0, 1): "hot", (0, -1): "cold", (1, 1): "river", (2, 1): "hot after very"}
-
-
-def rows_of(prompt: str) -> list[dict]:
-    return [json.loads(line) for line in prompt.splitlines() if line.startswith("{") and '"label"' not in line]
-
-
-def split_marks(text: str) -> tuple[list[str], list[bool]]:
-    pieces = re.findall(r"<\* (\S+?)\*>| (\S+?)(?=<\*| |$)", text)
-    return [a or b for a, b in pieces], [bool(a) for a, _ in pieces]
-
-
-class Oracle:
-    """Answers every kind of prompt from what stands in it, by the words that a label names."""
-
-    name = "oracle"
-
-    def __init__(self) -> None:
-        self.settings = {"model": self.name}
-        self.asked: list[str] = []
-
-    def complete(self, messages) -> Answer:
-        self.asked.append(make_key(self.settings, messages))
-        return Answer(text=self.say(messages[0]["content"]), tokens_in=100, tokens_out=10)
-
-    def say(self, prompt: str) -> str:
-        rows = rows_of(prompt)
-        if "A label proposed" not in prompt:
-            return self.name_it(rows)
-        label = json.loads(re.search(r"naming what it fires on: (.*)", prompt)[1])
-        tell = TRUTHS[label]
-        if "pairs of texts" in prompt:
-            return json.dumps([1 if any(tell(row["first"].split())) else 2 for row in rows])
-        if "[number, token]" in prompt:
-            return json.dumps(
-                {
-                    str(n): 10
-                    for row in rows
-                    for (n, _), hit in zip(row["text"], tell([w.strip() for _, w in row["text"]]), strict=True)
-                    if hit
-                }
-            )
-        if "<*" in prompt.split("A label proposed")[1].split('"text"')[0]:
-            return json.dumps(
-                [int(tell(words) == marks) for words, marks in (split_marks(row["text"]) for row in rows)]
-            )
-        return json.dumps([int(any(tell(row["text"].split()))) for row in rows])
-
-    def name_it(self, rows: list[dict]) -> str:
-        for name, tell in TRUTHS.items():
-            seen = [split_marks(row["text"]) for row in rows]
-            # A window's first word may follow "very" outside of it.
-            if all(tell(words)[1:] == marks[1:] for words, marks in seen):
-                return json.dumps({"label": name})
-        return '{"label": null}'
-
-
-class Always(Oracle):
-    """The same answer whatever it is asked."""
-
-    def __init__(self, yes: bool) -> None:
-        super().__init__()
-        self.yes, self.settings = yes, {"model": f"always {yes}"}
-
-    def say(self, prompt: str) -> str:
-        n = len(rows_of(prompt))
-        if "[number, token]" in prompt:
-            return json.dumps({str(n): 10 for row in rows_of(prompt) for n, _ in row["text"]} if self.yes else {})
-        return json.dumps([int(self.yes)] * n if "pairs of texts" not in prompt else [1 if self.yes else 2] * n)
 
 
 def known_labels() -> list[Label]:
@@ -170,10 +52,10 @@ def test_a_perfect_pair_scores_one(store, tmp_path):
     found = label_all(store, Oracle(), tmp_path, scorers=ALL, cases=ExampleConfig())
     assert {(label.feature, label.sign): label.text for label in found.labels} == NAMES and not found.missing
     for label in found.labels:
-        assert [label.scores[name] for name in ALL] == pytest.approx(
-            [1.0] * 4, abs=UNSEEN if label.feature == 2 else 1e-9
-        )
-        assert [label.scores[f"{name}_chance"] for name in ALL] == [0.5, 0.5, 0.5, 0.0]
+        for name in ALL:  # a prompt of intruders has four firing windows
+            unseen = UNSEEN * (4 if name == "intruder" else 1) if label.feature == 2 else 0.0
+            assert label.scores[name] == pytest.approx(1.0, abs=unseen + 1e-9)
+        assert [label.scores[f"{name}_chance"] for name in ALL] == [0.5, 0.5, 0.5, 0.2, 0.0]
         assert all(label.scores[f"{name}_low"] > 0.6 for name in ALL) and label.author == "oracle"
     assert "4 labels" in str(found) and Label.from_dict(json.loads(json.dumps(found.labels[0].to_dict())))
 
@@ -223,7 +105,7 @@ def test_one_answer_to_everything_scores_chance(store, tmp_path, yes):
     )
     assert len(found.labels) == 4 and not found.missing
     for label in found.labels:
-        assert [label.scores[name] for name in ALL] == [0.5, 0.5, 0.5, 0.0]
+        assert [label.scores[name] for name in ALL] == [0.5, 0.5, 0.5, 0.2, 0.0]
         ends = [[label.scores[f"{name}_{end}"] for end in ("low", "chance", "high")] for name in ALL]
         assert all(low <= chance <= high for low, chance, high in ends)
 
@@ -235,7 +117,7 @@ def test_the_label_of_another_feature_scores_near_chance(store, tmp_path):
         for text in ("hot", "cold", "river")
         if NAMES[j, sign] != text and not (j == 2 and text == "hot") and not (j == 0 and text in ("hot", "cold"))
     ]
-    found = score_labels(store, Oracle(), swapped, scorers=ALL, answers=tmp_path / "a", asking=FAST, progress=False)
+    found = score_labels(store, Oracle(), swapped, scorers=LABELED, answers=tmp_path / "a", asking=FAST, progress=False)
     for name in ("detection", "contrast", "simulation"):
         values = np.array([label.scores[name] - label.scores[f"{name}_chance"] for label in found.labels])
         assert abs(values.mean()) < 0.1 and abs(values).max() < 0.3
@@ -244,10 +126,10 @@ def test_the_label_of_another_feature_scores_near_chance(store, tmp_path):
     # one of 20 wrong highlights in 17 is the label's word by chance, and half of the score: .03 +- .027
     assert all(0.5 - (0.03 + 4 * 0.027) <= label.scores["fuzzing"] <= 0.5 for label in found.labels)
     whole = score_labels(
-        store, Oracle(), [Label(feature=2, sign=1, text="hot", author="me")], scorers=ALL, answers=tmp_path / "a",
+        store, Oracle(), [Label(feature=2, sign=1, text="hot", author="me")], scorers=LABELED, answers=tmp_path / "a",
         asking=FAST, progress=False,
     ).labels[0]  # fmt: skip
-    assert all(whole.scores[name] < 1 for name in ALL)  # the near misses tell a label that is too wide
+    assert all(whole.scores[name] < 1 for name in LABELED)  # the near misses tell a label that is too wide
 
 
 # --- windows
@@ -382,123 +264,7 @@ def test_balanced_accuracy_and_its_interval():
 
 # --- a server with every fault
 
-KEY = "sk-secret-0123456789"
 PLAN = ("ok", "429", "500", "garbage", "cut", "slow", "empty", "half")
-
-
-class Server(ThreadingHTTPServer):
-    """Speaks OpenAI's protocol with the oracle's answers; each new prompt meets the next fault of a plan first."""
-
-    daemon_threads = True
-
-    def __init__(self, plan=("ok",)) -> None:
-        super().__init__(("127.0.0.1", 0), Handler)
-        self.plan, self.oracle, self.lock = plan, Oracle(), threading.Lock()
-        self.faults: dict[str, str] = {}
-        self.log: list[tuple[str, str, float]] = []  # prompt, what was done, when
-        self.n_busy = self.most_busy = 0
-        self.delay, self.numbers, self.on_number = 0.0, itertools.count(1), {}
-        threading.Thread(target=self.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
-
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self.server_address[1]}/v1"
-
-    def next_fault(self, prompt: str) -> str:
-        """The fault at a prompt's first coming, then none."""
-        with self.lock:
-            is_new = prompt not in self.faults
-            fault = self.faults.setdefault(prompt, self.plan[len(self.faults) % len(self.plan)])
-            what = fault if is_new or fault.startswith("always") else "ok"
-            self.log.append((prompt, what, time.monotonic()))
-            return what.removeprefix("always ")
-
-    def handle_error(self, request, client_address) -> None:
-        """A client that went away is no news."""
-
-    def answered(self) -> Counter:
-        return Counter(prompt for prompt, what, _ in self.log if what == "ok")
-
-
-class Handler(BaseHTTPRequestHandler):
-    """One request."""
-
-    protocol_version = "HTTP/1.1"
-
-    def log_message(self, *args) -> None:
-        """Nothing on stderr."""
-
-    def do_POST(self) -> None:
-        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        if self.headers["Authorization"] != f"Bearer {KEY}":
-            return self.say(401, {"error": {"message": f"bad key {self.headers['Authorization']}"}})
-        if body["model"] != "right":
-            return self.say(404, {"error": {"message": f"no model {body['model']} for key {KEY}"}})
-        with self.server.lock:
-            self.server.n_busy += 1
-            self.server.most_busy = max(self.server.most_busy, self.server.n_busy)
-        try:
-            self.act(self.server.next_fault(json.dumps(body["messages"])), body["messages"])
-        finally:
-            with self.server.lock:
-                self.server.n_busy -= 1
-        return None
-
-    def act(self, fault: str, messages: list) -> None:
-        time.sleep(1.5 if fault == "slow" else self.server.delay)
-        text = self.server.oracle.say(messages[0]["content"])
-        good = {"choices": [{"message": {"content": text}}], "usage": {"prompt_tokens": 50, "completion_tokens": 5}}
-        if fault == "429":
-            self.say(429, {"error": {"message": "slow down"}}, {"Retry-After": "0.15"})
-        elif fault in ("500", "400"):
-            self.say(int(fault), {"error": {"message": f"oops {KEY}"}})
-        elif fault == "garbage":
-            self.send(200, b"<html>not json", {"Content-Type": "text/html"})
-        elif fault == "empty":
-            self.say(200, {"choices": []})
-        elif fault == "cut":
-            self.close_connection = True
-            self.connection.close()
-        elif fault == "half":
-            self.send(
-                200, json.dumps(good).encode()[:20], {"Content-Length": "5000", "Content-Type": "application/json"}
-            )
-            self.close_connection = True
-        elif fault == "nonsense":
-            self.say(200, good | {"choices": [{"message": {"content": "I would rather not say. <b>"}}]})
-        else:
-            self.say(200, good)
-            self.server.on_number.get(next(self.server.numbers), int)()
-
-    def say(self, status: int, obj, headers=()) -> None:
-        self.send(status, json.dumps(obj).encode(), {"Content-Type": "application/json", **dict(headers)})
-
-    def send(self, status: int, data: bytes, headers: dict) -> None:
-        self.send_response(status)
-        for name, value in ({"Content-Length": str(len(data))} | headers).items():
-            self.send_header(name, value)
-        self.end_headers()
-        self.wfile.write(data)
-
-
-@pytest.fixture
-def serve(monkeypatch):
-    """Starts servers, and clients of them."""
-    monkeypatch.setenv("OPENAI_API_KEY", KEY)
-    opened = []
-
-    def start(plan=("ok",), model="right", timeout=0.75):
-        server = Server(plan)
-        client = OpenAIClient(model, server.url, timeout=timeout)
-        opened.extend([server, client])
-        return server, client
-
-    yield start
-    for client in opened[1::2]:
-        client.close()
-    for server in opened[::2]:
-        server.shutdown()
-        server.server_close()
 
 
 def assert_no_key(folder) -> None:
@@ -508,8 +274,8 @@ def assert_no_key(folder) -> None:
 
 def test_every_fault_of_a_server_ends_in_the_same_labels(serve, store, tmp_path):
     server, client = serve(PLAN)
-    found = label_all(store, client, tmp_path, scorers=ALL, features=[1, 2])
-    straight = label_all(store, Oracle(), tmp_path / "straight", scorers=ALL, features=[1, 2])
+    found = label_all(store, client, tmp_path, scorers=LABELED, features=[1, 2])
+    straight = label_all(store, Oracle(), tmp_path / "straight", scorers=LABELED, features=[1, 2])
     assert isinstance(client, Client) and not found.missing and found.labels[0].author == "right"
     assert [(label.text, label.scores) for label in found.labels] == [
         (label.text, label.scores) for label in straight.labels
