@@ -47,7 +47,7 @@ def test_what_is_imported_is_declared() -> None:
     imported = {"scikit_learn" if name == "sklearn" else name for name in find_imports()}
     # by declared packages; triton by a torch that was built for CUDA
     brought_along = {"pandas", "tokenizers", "ipython", "filelock", "traitlets", "triton", "llvmlite"}
-    asked_for = {"wandb", "tensorboard", "polars"}  # where they are missing
+    asked_for = {"wandb", "tensorboard", "polars", "sentence_transformers"}  # where they are missing
     assert imported - declared <= brought_along | asked_for
 
 
@@ -70,3 +70,12 @@ def find_imports() -> set[str]:
             names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
             found |= {name.partition(".")[0] for name in names}
     return {name.lower() for name in found - sys.stdlib_module_names - {"saelab"}}
+
+
+def test_no_advice_needs_an_index_that_has_saelab() -> None:
+    """It is on none: what is missing is advised by its own name, or from a folder (`pip install '.[llm]'`)."""
+    files = [path for folder in ("saelab", "docs", "notebooks") for path in (ROOT / folder).rglob("*")]
+    texts = {path: path.read_text(encoding="utf-8") for path in files if path.suffix in (".py", ".md", ".ipynb")}
+    assert len(texts) > 300
+    advice = re.compile(r"(?:pip |uv pip )?install (?:-\S+ )*[`'\\\"]*saelab\b")
+    assert not [str(path) for path, text in texts.items() if advice.search(text)]

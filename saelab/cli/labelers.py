@@ -12,7 +12,7 @@ from saelab.cli.terminal import echo, make_printable
 from saelab.collecting.harvesting import harvest_untrained, require_harvested
 from saelab.labels.autointerp.clients import Client, LocalClient
 from saelab.labels.autointerp.embeddings import Embedding
-from saelab.labels.autointerp.endpoints import OpenAIClient
+from saelab.labels.autointerp.endpoints import TIMEOUT, OpenAIClient
 from saelab.labels.autointerp.response_cache import OfflineClient
 from saelab.labels.autointerp.scorers import Scorer
 from saelab.labels.encoders import SentenceEncoder
@@ -60,7 +60,7 @@ def choose_client(
     answers: Path | None,
     progress: bool,
     settings: Sequence[str] = (),
-    timeout: float | None = None,
+    timeout: float = TIMEOUT,
 ) -> Client | None:
     """Who answers prompts; None where no language model is asked for.
 
@@ -71,7 +71,7 @@ def choose_client(
         answers: file of answers to such prompts.
         progress: show a progress bar while a local model loads.
         settings: as `read_settings` reads them.
-        timeout: seconds to wait for a response; None is the client's own.
+        timeout: seconds to wait for a response.
     """
     if prompts is not None or answers is not None:
         if llm is not None:
@@ -111,7 +111,7 @@ def open_client(
     progress: bool,
     option: str = "--model",
     settings: Mapping[str, Any] | None = None,
-    timeout: float | None = None,
+    timeout: float = TIMEOUT,
 ) -> Client | None:
     """Client of a language model that labels features; None where none is named.
 
@@ -121,18 +121,18 @@ def open_client(
         progress: show a progress bar while a local model loads.
         option: the option that `model` comes from.
         settings: sent with each request, besides the client's own or in their place.
-        timeout: seconds to wait for a response; None is the client's own.
+        timeout: seconds to wait for a response.
     """
     if model is None:
         if llm is not None:
             raise ValueError(f"`--llm` needs `{option}`, the name of a language model there, got '{llm}' alone.")
         return None
     if llm == LOCAL:
-        if unknown := sorted({*settings or ()} - {"max_tokens"}):
+        if unknown := sorted(set(settings or ()) - {"max_tokens"}):
             raise ValueError(f"A local model takes the setting max_tokens alone, got {', '.join(unknown)}.")
         length = {"n_tokens": settings["max_tokens"]} if settings and settings["max_tokens"] else {}
         return LocalClient(load_model(model, progress=progress), **length)
-    return OpenAIClient(model, llm, settings=settings, **({} if timeout is None else {"timeout": timeout}))
+    return OpenAIClient(model, llm, timeout=timeout, settings=settings)
 
 
 def find_wanted(

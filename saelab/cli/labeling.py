@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 SET, SAVE = Source("saelab.labels.label_store:LabelStore.set"), Source("saelab.labels.label_store:LabelStore.save")
 REQUESTS = Source("saelab.labels.autointerp.requests:RequestConfig")
-TIMEOUT: float = Source("saelab.labels.autointerp.endpoints:OpenAIClient.__init__").timeout
+TIMEOUT: float = read_value("saelab.labels.autointerp.endpoints:TIMEOUT")
 ALL_SCORERS = (*read_value("saelab.labels.autointerp.scorers:NAMES"), "embedding")
 SCORERS = ",".join(Source("saelab.labels.autointerp.explainers:explain_features").scorers)
 N_PREDICATES = read_value("saelab.labels.rules.predicates:N_PREDICATES")

@@ -122,7 +122,7 @@ def _widget_class() -> Any:
     try:
         from anywidget import AnyWidget
     except ImportError:
-        raise ImportError("Widgets need anywidget, which is not installed. `pip install 'saelab[widgets]'`.") from None
+        raise ImportError("Widgets need anywidget, which is not installed. `pip install anywidget`.") from None
     from traitlets import Dict, Unicode
 
     class ExplorerWidget(AnyWidget):

@@ -89,7 +89,7 @@ def tensorboard_sink(folder: str | Path) -> Sink:
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as error:
-        raise ImportError("TensorBoard must be installed for this sink: pip install 'saelab[tensorboard]'.") from error
+        raise ImportError("TensorBoard must be installed for this sink: pip install tensorboard.") from error
     writer = SummaryWriter(str(folder))
 
     def write(entry: HistoryEntry) -> None:

@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
-from saelab.labels.label import join_texts
 from saelab.labels.encoders import TextEncoder
+from saelab.labels.label import join_texts
 from saelab.labels.label_store import LabelStore
 from saelab.sae.sae import SAE
 from saelab.stores.feature_store import FeatureStore
@@ -142,8 +142,13 @@ def search_labels(
 ) -> Int[np.ndarray, "n_features"]:
     """The features whose chosen label contains the words of `text`, best match first, for `np.isin(features, ...)`.
 
-    Labels of kind "none" (no good name) are ignored. With an encoder those nearest in meaning follow, up to `top`
-    labels in all; see `LabelStore.search`.
+    Labels of kind "none" (no good name) are ignored.
+
+    Args:
+        book: the label database.
+        text: the query.
+        encoder: function from texts to vectors, by which features of similar labels follow; None searches words alone.
+        top: with an encoder, number of labels up to which those by meaning are added; see `LabelStore.search`.
     """
     found = dict.fromkeys(
         label.feature for label in book.search(text, encoder=encoder, top=top) if label.kind != "none"

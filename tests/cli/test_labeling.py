@@ -11,6 +11,7 @@ from unchecked import unchecked
 import saelab as sl
 from saelab.cli import labelers
 from saelab.cli.app import dispatch
+from saelab.labels import encoders
 from saelab.labels.autointerp import explainers
 from saelab.labels.autointerp.clients import Answer, Messages
 from saelab.labels.label_store import LabelStore
@@ -127,6 +128,42 @@ def test_a_language_model_names_features_and_is_asked_nothing_twice(
     assert book.authors() == {"rules": 3, "fake": 2} and "hot" in book[0, 1].text, "the last author's is chosen"
 
 
+def test_settings_reach_the_client_and_scorers_their_encoder(store: Path, quick: None, capsys, monkeypatch) -> None:
+    given: list[dict] = []
+
+    class Told(Fake):
+        def __init__(self, model: str, url: str, **options: object) -> None:
+            given.append({"model": model, "url": url, **options})
+
+    def encode(texts: list[str]) -> list[list[float]]:
+        return [[float("hot" in text), float("cold" in text), 0.1] for text in texts]
+
+    monkeypatch.setattr(labelers, "OpenAIClient", Told)
+    monkeypatch.setattr(labelers, "SentenceEncoder", lambda name: given.append(name) or encode)
+    words = ["--llm", "http://x", "--model", "m", "--timeout", 9, "--scorers", "embedding", "--encoder", "minilm"]
+    for one in ("max_tokens=2048", "temperature=", "reasoning_effort=low"):
+        words += ["--setting", one]
+    code, _, err = label(capsys, store, *words, "--features", "1")
+    assert code == 0, err
+    settings = {"max_tokens": 2048, "temperature": None, "reasoning_effort": "low"}
+    assert given == [{"model": "m", "url": "http://x", "timeout": 9.0, "settings": settings}, "minilm"]
+    assert "embedding" in LabelStore.open(store)[1, 1].scores
+
+
+def test_labels_are_searched_by_meaning(store: Path, capsys, monkeypatch) -> None:
+    with LabelStore.open(store) as book:
+        for feature, text in enumerate(("rain and storms", "a cat", "stormy seas")):
+            book.set(feature, text, author="me")
+    monkeypatch.setattr(
+        encoders, "SentenceEncoder", lambda name: lambda texts: [[float("r" in t), float("c" in t), 0.1] for t in texts]
+    )
+    assert dispatch(["labels", str(store), "search", "weather"]) == 0
+    assert "No label." in capsys.readouterr().err
+    assert dispatch(["labels", str(store), "search", "weather", "--encoder", "minilm", "--top", "2"]) == 0
+    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == ["0", "2"]
+    (store / "labels.vectors.safetensors").unlink()
+
+
 def test_prompts_go_out_and_answers_come_back_by_files(store: Path, quick: None, tmp_path: Path, capsys) -> None:
     prompts, answers = tmp_path / "p.jsonl", tmp_path / "a.jsonl"
     assert "3 prompts in" in label(capsys, store, "--export-prompts", prompts)[1]
@@ -151,6 +188,9 @@ def test_prompts_go_out_and_answers_come_back_by_files(store: Path, quick: None,
         (["--rules", ","], "builtin"),
         (["--estimate"], "--model"),
         (["--model", "m", "--llm", "http://127.0.0.1:9", "--budget", "2"], "price_in"),
+        (["--model", "m", "--llm", "http://127.0.0.1:9", "--setting", "max_tokens"], "NAME=VALUE"),
+        (["--model", "m", "--llm", "http://127.0.0.1:9", "--scorers", "embedding"], "--encoder"),
+        (["--model", "tiny", "--llm", "local", "--setting", "top_p=1"], "max_tokens alone"),
     ],
 )
 def test_what_makes_no_sense_is_wrong_use(store: Path, capsys, words: list[str], said: str) -> None:

@@ -54,12 +54,12 @@ class Embedding:
 def _judge(similarities: Float[np.ndarray, "n"], n_fires: int, name: str) -> Score:
     y = np.arange(len(similarities)) < n_fires
     value = auroc(similarities, y)
-    low, high = auroc_interval(value, n_fires, len(y) - n_fires, CONFIDENCE)
+    low, high = auroc_interval(value, n_fires, len(y) - n_fires)
     return Score(name=name, value=value, chance=0.5, low=low, high=high, n_windows=len(y))
 
 
-def auroc_interval(value: float, n_true: int, n_false: int, confidence: float = CONFIDENCE) -> tuple[float, float]:
-    """Confidence limits of an AUROC: the values from which the one found is as many standard errors away.
+def auroc_interval(value: float, n_true: int, n_false: int) -> tuple[float, float]:
+    """95 % confidence limits of an AUROC: the values from which the one found is as many standard errors away.
 
     The standard error is that of Hanley and McNeil, taken at the limit, with both group sizes replaced by their mean
     (Newcombe 2006, Statistics in Medicine 25:559, method 5). Unlike a bootstrap it is no point where all is right.
@@ -70,7 +70,7 @@ def auroc_interval(value: float, n_true: int, n_false: int, confidence: float = 
     from scipy.optimize import brentq
     from scipy.stats import norm
 
-    z, n = norm.ppf((1 + confidence) / 2), (n_true + n_false) / 2 - 1
+    z, n = norm.ppf((1 + CONFIDENCE) / 2), (n_true + n_false) / 2 - 1
 
     def excess(limit: float) -> float:
         spread = 1 + n * (1 - limit) / (2 - limit) + n * limit / (1 + limit)

@@ -23,6 +23,7 @@ LIMITS = ("max_tokens", "max_completion_tokens")
 """two names of the same limit, of which a model takes one"""
 N_REASONING = 4096
 """limit where a model takes `max_completion_tokens` alone, which counts its reasoning"""
+TIMEOUT = 60.0
 FORMAT = "response_format"
 REFUSALS = (400, 422, 500, 501)
 """HTTP errors of requests with a setting that the model or its server does not take"""
@@ -69,7 +70,7 @@ class OpenAIClient:
         base_url: str | None = None,
         *,
         key_from: str = "OPENAI_API_KEY",
-        timeout: float = 60.0,
+        timeout: float = TIMEOUT,
         settings: Mapping[str, Any] | None = None,
         structured: bool = True,
     ) -> None:
@@ -112,7 +113,9 @@ class OpenAIClient:
         openai = _import_openai()
         while True:  # each turn but the last finds out one more setting that the model refuses
             sent = self._choose(schema)
-            inside, outside = ({n: v for n, v in sent.items() if (n in self._known) is known} for known in (True, False))
+            inside, outside = (
+                {n: v for n, v in sent.items() if (n in self._known) is known} for known in (True, False)
+            )
             try:
                 given = self._openai.chat.completions.create(
                     model=self.name, messages=[dict(message) for message in messages], **inside, extra_body=outside

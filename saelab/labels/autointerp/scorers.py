@@ -46,8 +46,8 @@ class Score(Result):
 
     name: str
     value: float
-    """balanced accuracy, Pearson's r for simulation, accuracy for intruders, AUROC for embeddings; higher is better, 1 is
-    perfect"""
+    """balanced accuracy, Pearson's r for simulation, accuracy for intruders, AUROC for embeddings; higher is better, 1
+    is perfect"""
     chance: float
     """score without any knowledge of the feature, such as by always answering yes or no"""
     low: float
