@@ -229,7 +229,7 @@ class Handler(BaseHTTPRequestHandler):
             self.server.bodies.append(body)
             refusal = next((error for name, error in self.server.refused.items() if name in body), None)
         if refusal is not None:
-            return self.say(refusal.get("status", 400), {"error": refusal})
+            return self.say(refusal.get("status", 400), refusal if "detail" in refusal else {"error": refusal})
         with self.server.lock:
             self.server.n_busy += 1
             self.server.most_busy = max(self.server.most_busy, self.server.n_busy)

@@ -122,7 +122,7 @@ class OpenAIClient:
                 )
             except openai.APIStatusError as error:
                 if not self._adapt(error, sent):
-                    raise self._explain(error.status_code, str(error), error.response.headers) from None
+                    raise self._explain(error.status_code, _quote_error(error), error.response.headers) from None
             except openai.APIConnectionError as error:
                 late, cause = isinstance(error, openai.APITimeoutError), error.__cause__ or error
                 said = "no answer in time" if late else self._clean(f"the connection failed: {cause}")
@@ -158,7 +158,7 @@ class OpenAIClient:
             if both or (name in self._own and name not in LIMITS):
                 raise ValueError(
                     f"The endpoint {self._place} must take the setting `{name}`, got {error.status_code}: "
-                    f"{self._clean(str(error))} Leave it out of `settings` by None, or give another value."
+                    f"{self._clean(_quote_error(error))} Leave it out of `settings` by None, or give another value."
                 ) from None
             self._refused.add(name)
         what = "it is sent under its other name" if name in LIMITS else "it is left out"
@@ -233,6 +233,12 @@ def _import_openai() -> Any:
     return openai
 
 
+def _quote_error(error: Any) -> str:
+    """What an error says; the client leaves out the body where it is not in OpenAI's form, such as FastAPI's."""
+    said, body = str(error), getattr(error, "body", None)
+    return said if not body or str(body) in said or "{" in said else f"{said} - {body}"
+
+
 def _find_refused(error: Any, sent: Mapping[str, Any]) -> str | None:
     """The setting by which a request failed, as the error's fields or its words say; None where it was another cause.
 
@@ -240,7 +246,7 @@ def _find_refused(error: Any, sent: Mapping[str, Any]) -> str | None:
     """
     if error.status_code not in REFUSALS:
         return None
-    said, param = str(error), str(getattr(error, "param", None) or "")
+    said, param = _quote_error(error), str(getattr(error, "param", None) or "")
     if FORMAT in sent and (param.startswith(FORMAT) or SCHEMA.search(said)):
         return FORMAT
     is_refusal = getattr(error, "code", None) in REFUSED_CODES or REFUSED.search(said)

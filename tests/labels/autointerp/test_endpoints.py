@@ -165,6 +165,7 @@ def test_threads_that_are_refused_together_find_out_together(start, tmp_path) ->
     ("name", "error"),
     [
         ("max_tokens", {"message": "[{'type': 'extra_forbidden', 'loc': ['body', 'max_tokens']}]", "status": 422}),
+        ("temperature", {"detail": "Unexpected fields in the request: {'temperature'}", "status": 422}),
         ("temperature", {"message": "`temperature` is deprecated for this model."}),
         ("temperature", {"message": "Unrecognized request argument supplied: temperature"}),
         ("response_format", {"message": "Failed to parse grammar", "status": 500}),
