@@ -179,6 +179,8 @@ def read_label(answer: str) -> str | None:
     text = " ".join("".join(" " if unicodedata.category(c) in INVISIBLE else c for c in found["label"]).split())
     if not 1 <= len(text.split()) <= MOST_WORDS or len(text) > 20 * MOST_WORDS:
         raise ValueError(f"the label must have 1 to {N_WORDS} words.")
+    if not any(char.isalnum() for char in text):  # small models repeat the dots of the form that they were shown
+        raise ValueError("the label must be words, not dots.")
     return text
 
 

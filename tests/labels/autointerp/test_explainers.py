@@ -238,7 +238,8 @@ def test_both_signs_are_asked_for_when_a_whole_feature_is_named(store):
     ("read", "good", "bad"),
     [
         (read_label, {'<think>{"label": "no"}</think>```json\n{"label": " a\\nb "}```': "a b", '{"label": null}': None},
-         ["", "rain", '{"label": 3}', '{"label": ""}', '{"name": "x"}', '{"label": "' + "w " * 50 + '"}', "{" * 9000]),
+         ["", "rain", '{"label": 3}',
+          '{"label": "..."}', '{"label": ""}', '{"name": "x"}', '{"label": "' + "w " * 50 + '"}', "{" * 9000]),
         (lambda text: read_flags(text, 3, (0, 1)), {"[1, 0, 1]": [1, 0, 1], 'I think: {"a": [0,0,0]}.': [0, 0, 0]},
          ["", "1, 0, 1", "[1, 0]", "[1, 0, 1, 1]", "[1, 0, 2]", '["1", 0, 1]', "[1, NaN, 0]", "[[1], 0, 1]", "[" * 9000]
         ),
