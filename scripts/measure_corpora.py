@@ -34,8 +34,8 @@ KEPT = Path("runs/corpora")
 REGISTERS = ("recipe", "weather-report")
 D_SAE, K = 1024, 16
 N_STORIES, N_OTHERS = 1200, 400
-N_EACH, SHARES, N_DRAWS = 150, (0.5, 0.25, 0.1), 5
-N_NULL = 40
+N_EACH, SHARES, N_DRAWS = 150, (0.5, 0.25, 0.1), 3
+N_NULL = 20
 FDR = 0.05
 ACTIVATIONS = {"TopK": sl.TopK(k=K), "AbsTopK": sl.AbsTopK(k=K)}
 
