@@ -60,6 +60,15 @@ def test_corpora_of_one_kind_give_no_hypotheses(tmp_path) -> None:
     assert found.rows == () and found.auroc == 0.5 and "0 of 0 hypotheses" in str(found)
 
 
+def test_larger_codes_in_as_many_documents_are_called_stronger(tmp_path) -> None:
+    rng = np.random.default_rng(8)
+    sizes = rng.uniform(1, 2, (120, 3))
+    sizes[60:, 1] += 1
+    documents = pool_documents(harvest_codes(sizes, np.arange(120), tmp_path))
+    found = propose_hypotheses(documents.rows(np.arange(60)), documents.rows(np.arange(60, 120)), {1: "rain"})
+    assert found.rows[0].text == "b has stronger: rain (in 100% of its documents, as in a)" and found.rows[0].holds
+
+
 def test_too_few_documents_are_refused(tmp_path) -> None:
     a, b = corpora(tmp_path)
     with pytest.raises(ValueError, match="at least 4 documents of each"):
