@@ -29,7 +29,7 @@ from saelab.synthetic import lexicon as lex
 from saelab.synthetic.tales import FUNCTION, generate_stories
 from saelab.synthetic.vocabulary import VOCABULARY
 
-N_STORIES = 1200
+N_STORIES = 600
 LEAST = 12  # tokens of a paragraph
 
 
@@ -37,7 +37,7 @@ def main() -> None:
     command = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     command.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     command.add_argument("--n-tokens", type=int, default=300_000)
-    command.add_argument("--n-topics", type=int, nargs="+", default=[10, 20])
+    command.add_argument("--n-topics", type=int, nargs="+", default=[10])
     command.add_argument("--out", type=Path, default=Path("topics.json"))
     args = command.parse_args()
     tables: dict[int, dict[str, list[dict[str, float]]]] = {n: {} for n in args.n_topics}

@@ -17,6 +17,8 @@ from saelab.stores.results import Result, format_table
 ALIKE = 0.7
 """correlation of firing over documents from which on a feature says the same as one that was chosen"""
 N_RANDOM = 20
+SAME_RATE = 0.02
+"""shares of documents that differ by less are called the same: the codes are what is larger"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -190,6 +192,8 @@ def _score(
 def _word(row: FeatureDifference, rates: tuple[float, float], names: tuple[str, str]) -> str:
     more = row.more_in == "b"
     what = row.name or f"feature {row.feature}{'' if row.sign > 0 else ', negative'}"
+    if abs(rates[0] - rates[1]) < SAME_RATE:
+        return f"{names[more]} has stronger: {what} (in {rates[more]:.0%} of its documents, as in {names[not more]})"
     return (
         f"{names[more]} has more of: {what} (in {rates[more]:.0%} of its documents; of {names[not more]} in "
         f"{rates[not more]:.0%})"
