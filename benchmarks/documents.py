@@ -113,9 +113,9 @@ def synthetic_sae(d_sae: int, k: int) -> sl.SAE:
         for row in drawn:
             own = np.unique(row)
             row[:k] = np.sort(rng.permutation(own)[:k]) if len(own) >= k else np.arange(k)
-        indices = torch.from_numpy(drawn[:, :k].copy())
-        values = torch.from_numpy(rng.lognormal(size=(len(x), k)).astype(np.float32))
-        return SparseCodes.from_rows(indices, values, d_sae)
+        indices = torch.from_numpy(drawn[:, :k].flatten())
+        values = torch.from_numpy(rng.lognormal(size=len(indices)).astype(np.float32))
+        return SparseCodes.from_rows(indices, values, torch.arange(len(x)).repeat_interleave(k), (len(x), d_sae))
 
     sae.encode_sparse = encode_sparse  # type: ignore[method-assign]
     return sae
