@@ -283,7 +283,7 @@ MAKING: dict[str, tuple[list[str], tuple[str, ...]]] = {
     "report": (["report", "store-0", "--out", "report", "--features", "1,2", "--title", "old"], ("store-0",)),
     "eval.json": (SCORES, ("sae-0",)),
     "docs": (_embedded("docs"), TEXT),
-    "sae-docs": (["train", "docs", *TRAIN, "--out", "sae-docs"], ("docs",)),
+    "sae-docs": (["train", "docs", *TRAIN, "--batch-size", "16", "--out", "sae-docs"], ("docs",)),
 }
 
 

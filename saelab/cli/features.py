@@ -23,7 +23,7 @@ def harvest_text(
     ],
     text: Annotated[
         Path | None,
-        Argument(metavar="TEXT", help="As of `collect`; none with a folder of activations.", show_default=False),
+        Argument(metavar="TEXT", help="As of `collect`.", show_default="none, with a folder of activations"),
     ] = None,
     *,
     out: Annotated[Path, Option(metavar="FOLDER")],

@@ -422,7 +422,7 @@ def _read_codes(shard: TensorFile, start: int, stop: int) -> dict[str, np.ndarra
 def harvest_untrained(
     store: FeatureStore,
     sae: SAE,
-    model: Model,
+    model: Model | Activations,
     out: str | Path,
     *,
     seed: int = 0,
@@ -442,7 +442,7 @@ def harvest_untrained(
     Args:
         store: feature store of the trained SAE.
         sae: the SAE that `store` was harvested with.
-        model: its language model.
+        model: its language model; of a store of documents the activations that were harvested.
         out: folder of the new store.
         seed: seed of the untrained SAE's weights.
         dtype: dtype of the stored values, as in `harvest`.
@@ -460,17 +460,37 @@ def harvest_untrained(
     ranks = RankGrid.of(mesh)
     with ranks.together():
         require_harvested(store, sae)
-        place = match_model(sae, model, store.provenance.hook_point or None, EVERYTHING, allow_mismatch)
-        tokens = rebuild_tokens(store.text)
-        reader = ActivationReader.make(
-            model, tokens, place.hook_points[: 1 if sae.cfg.d_out is None else 2], EVERYTHING, torch.float32
-        )
-        source = SameRowsSource(reader, tokens, max(1, FORWARD_TOKENS // tokens.ctx_len), store.places)
-        x = source.sample(SAMPLE_TOKENS)
-        targets = x[reader.hook_points[1]] if sae.cfg.d_out is not None and len(reader.hook_points) > 1 else None
-        made = make_untrained(sae, x[reader.hook_points[0]], targets, seed=seed)
+        made, source, place = _find_untrained(store, sae, model, seed, allow_mismatch)
         made.name_or_path = f"untrained, seed {seed}"
     with ExitStack() as stack:
-        job = _Job.start(made, reader.hook_points[0], source, Path(out), dtype, SHARD_TOKENS, resume, ranks, stack)
+        job = _Job.start(made, place, source, Path(out), dtype, SHARD_TOKENS, resume, ranks, stack)
         _run([job], source, progress and ranks.is_first, ranks)
         return FeatureStore.load(out)
+
+
+def _find_untrained(
+    store: FeatureStore, sae: SAE, model: Model | Activations, seed: int, allow_mismatch: bool
+) -> tuple[SAE, HarvestSource, str]:
+    """The untrained SAE, the rows that it encodes, and the hook point where it reads."""
+    if isinstance(model, Activations):
+        match_activations(sae, model, allow_mismatch)
+        wanted, given = store.provenance.tokens_sha256, model.provenance
+        if not store.of_documents or given is None or given.tokens_sha256 != wanted or len(model) != len(store):
+            raise ValueError(
+                f"`model` must be the activations of the store's {len(store)} documents, got {model!r}. Give the model "
+                "for a store of tokens."
+            )
+        made = make_untrained(sae, model[: min(SAMPLE_TOKENS, len(model))].float(), None, seed=seed)
+        return made, DocumentsSource(model, FORWARD_TOKENS), model.hook_point
+    if store.of_documents:
+        raise ValueError("`model` must be the activations that `embed` made for a store of documents, got a model.")
+    place = match_model(sae, model, store.provenance.hook_point or None, EVERYTHING, allow_mismatch)
+    tokens = rebuild_tokens(store.text)
+    reader = ActivationReader.make(
+        model, tokens, place.hook_points[: 1 if sae.cfg.d_out is None else 2], EVERYTHING, torch.float32
+    )
+    source = SameRowsSource(reader, tokens, max(1, FORWARD_TOKENS // tokens.ctx_len), store.places)
+    x = source.sample(SAMPLE_TOKENS)
+    targets = x[reader.hook_points[1]] if sae.cfg.d_out is not None and len(reader.hook_points) > 1 else None
+    made = make_untrained(sae, x[reader.hook_points[0]], targets, seed=seed)
+    return made, source, reader.hook_points[0]

@@ -403,9 +403,8 @@ class Provenance:
         plain = asdict(self) | {"model": shareable(self.model), "text": shareable(self.text)}
         if self.hook_point_out is None:
             del plain["hook_point_out"], plain["median_norm_out"]
-        if self.model_sketch is None:
-            del plain["model_sketch"]
-        for name in ("autocast", "pooling", "sources"):
+        plain["model_sketch"] = None if self.model_sketch is None else list(self.model_sketch)  # as after JSON
+        for name in ("model_sketch", "autocast", "pooling", "sources"):
             if plain[name] is None:
                 del plain[name]
         return plain

@@ -136,6 +136,12 @@ def test_several_saes_share_a_forward_and_equal_those_alone(tiny, tokens, tmp_pa
         assert contents(tmp_path / name) == contents(tmp_path / "both" / name)
 
 
+def test_a_store_of_collected_activations_is_opened_again(tiny, acts, tmp_path):
+    assert acts.provenance.model_sketch is not None  # a tuple here, a list in a manifest
+    first = sl.harvest(make_sae(), tiny, acts, tmp_path, progress=False)
+    assert len(sl.harvest(make_sae(), tiny, acts, tmp_path, progress=False)) == len(first)
+
+
 def test_collected_activations_give_the_same_codes(tiny, tokens, store, acts, tmp_path):
     found = sl.harvest(make_sae(), tiny, acts, tmp_path / "store", dtype="float32", progress=False)
     assert (abs(found.matrix() - store.matrix()) > 1e-6).nnz == 0

@@ -49,6 +49,17 @@ def test_words_are_the_text_again():
     assert ["".join(plain[a:b]) for a, b in zip(starts, ends, strict=True)] == texts
 
 
+def test_an_untrained_dictionary_reads_the_same_documents(store, sae, x, tiny, tmp_path):
+    acts = sl.embed(x, make_texts(), progress=False)
+    made = sl.collecting.harvest_untrained(store, sae, acts, tmp_path / "made", progress=False)
+    assert made.of_documents and len(made) == N and abs(made.l0 - store.l0) < 1
+    assert (made.matrix() != store.matrix()).nnz and np.array_equal(made.token_ids, store.token_ids)
+    with pytest.raises(ValueError, match="activations of the store's 230 documents"):
+        sl.collecting.harvest_untrained(store, sae, acts.rows(0, 9), tmp_path / "none", progress=False)
+    with pytest.raises(ValueError, match="got a model"):
+        sl.collecting.harvest_untrained(store, sae, tiny, tmp_path / "none", progress=False)
+
+
 def test_strings_are_packed_and_read_from_any_place():
     texts = ["", "a", "\u00e9\u732b", "", "long " * 9]
     packed = pack_strings(texts)
