@@ -16,7 +16,7 @@ import saelab as sl
 from saelab.interventions.attribution import Attribution, attribute
 from saelab.interventions.patching import patch
 from saelab.interventions.prompt_metrics import find_token, make_prompt_metric, read_texts
-from saelab.visualization.intervention_plots import plot_attribution
+from saelab.visualization.intervention_plots import draw_attribution, plot_attribution
 
 HOOK = "blocks.0.hook_resid_post"
 PROMPT = "A fox sees"
@@ -320,6 +320,11 @@ def test_figures_hold_every_effect_and_no_tags():
     found = make_result()
     figure = plot_attribution(found, n=1)
     assert [list(row) for row in figure.data[0].z] == [[-1.0, 0.5, 0.0], [0.25, 0.0, -0.5], [0.0, -0.25, 0.0]]
+    feature = int(found.features[0])
+    assert f"feature {feature} &lt;b&gt;" in plot_attribution(found, labels={feature: "<b>"}).layout.yaxis.ticktext
+    named = draw_attribution(found, labels={feature: "<b>"})
+    assert "<th>label</th>" in named and "&lt;b&gt;" in named and "<b>" not in named
+    assert "<th>label</th>" not in draw_attribution(found)
     assert "<a>" not in found._repr_html_() and "&lt;a&gt;" in found._repr_html_()
 
 

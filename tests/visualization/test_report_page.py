@@ -19,16 +19,20 @@ from saelab.visualization.html import read_asset
 HOSTILE = '</script><script>alert(1)</script><img src=x onerror="alert(2)">'
 WORDS = "the a girl girls", "sleeping sleeps sleepy runner relational", "conditional happily crying ponies caresses"
 D_SAE = 300
-LABELS = {7: "a girl", 8: "girlish voices", 9: "two girls", 40: HOSTILE, 41: "sleepy owls"}
+LABELS = {7: "a girl", 8: "girlish voices", 9: "two girls", 40: HOSTILE, 41: "sleepy owls", 42: "a pony"}
 
 
 @pytest.fixture(scope="module")
 def page_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A report of 300 features, of which every third fires on both signs and the last ten never."""
+    """A report of 300 features: the first 20 fire with positive codes, the next 20 with negative ones, most of the others
+    with both, and the last ten never.
+    """
     torch.manual_seed(3)
     n, width = 4000, 12
     sae = sl.SAE(sl.SAEConfig(d_in=width, d_sae=D_SAE, activation=sl.AbsTopK(k=6), normalizer="none"), seed=1)
     with torch.no_grad():
+        sae.W_enc[:, :20].abs_()
+        sae.W_enc[:, 20:40].abs_().neg_()
         sae.W_enc[:, -10:] = 0
     words = " ".join(WORDS).split()
     ids = torch.randint(0, len(words), (n,)).int()
@@ -39,7 +43,7 @@ def page_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
         dtype="float32", ctx_len=20, n_tokens=n, seed=None, versions={},
     )  # fmt: skip
     folder = tmp_path_factory.mktemp("report")
-    acts = sl.Activations.from_tensor(torch.randn(n, width), where, **columns)
+    acts = sl.Activations.from_tensor(torch.randn(n, width).abs(), where, **columns)
     sl.harvest(sae, None, acts, folder / "store", allow_mismatch=True, progress=False)
     strings = {str(i): f" {word}" for i, word in enumerate(words)} | {"4": HOSTILE}
     (folder / "store" / "strings.json").write_text(json.dumps(strings))
@@ -85,6 +89,7 @@ def test_stems_find_what_the_label_book_finds(page: Any) -> None:
     assert search(page, "girls")[:3] == sorted([7, 8, 9], key=lambda j: -density(page, j))
     assert search(page, "two girls")[:1] == [9] and search(page, "GIRLS by hand") == [5]
     assert search(page, "sleeping")[0] == 41  # a label comes before windows that have the word
+    assert search(page, "ponies")[0] == 42
     assert search(page, "40")[0] == 40 and search(page, "onerror")[0] == 40  # a number; a part of a word
     assert search(page, 'a\u0301 "* OR (') is not None and page.locator("img").count() == 0
 
@@ -127,11 +132,14 @@ def test_filters_leave_what_the_rows_say(page: Any) -> None:
     fields = page.locator(".fields label")
     by_choice = [
         ("both", lambda row: row["n_positive"] and row["n_negative"]),
+        ("+", lambda row: row["n_positive"] and not row["n_negative"]),
+        ("-", lambda row: row["n_negative"] and not row["n_positive"]),
         ("dead", lambda row: row["kind"] == "dead"),
         ("yes", lambda row: row["label"]),
         ("me", lambda row: "me" in row.get("authors", [])),
     ]
-    for i, (value, keep) in enumerate(by_choice):
+    for i, (value, keep) in zip((0, 0, 0, 1, 2, 3), by_choice, strict=True):
+        assert 0 < sum(bool(keep(row)) for row in data) < len(data)
         fields.nth(i).locator("select").select_option(value)
         count_is(page, sum(bool(keep(row)) for row in data))
         page.get_by_role("button", name="Clear filters").click()
@@ -161,16 +169,16 @@ def test_an_address_has_query_order_and_place_and_back_leads_there(page: Any, pa
     page.wait_for_url(re.compile("at=120"))
     page.locator('[data-feature="125"] a').click()
     page.locator(".fcard").wait_for()
-    assert page.title() == "Feature 125 \u00b7 Words"
+    wait_until(page, "document.title === 'Feature 125 \u00b7 Words'")
     page.go_back()
     page.locator('[data-feature="125"]').wait_for()
     assert "at=120" in page.url and page.locator(".rows").evaluate("rows => rows.scrollTop") == 120 * 36
-    assert page.title() == "Features \u00b7 Words"
+    wait_until(page, "document.title === 'Features \u00b7 Words'")
     page.goto(f"{page_path.as_uri()}#/features?q=girls&sort=score&order=desc")
     page.reload()
     page.locator('[data-feature="9"]').wait_for()
-    assert listed(page)[:5] == [41, 40, 9, 8, 7] and page.locator("#search").input_value() == "girls"
-    assert page.title() == "Features: girls \u00b7 Words"
+    assert listed(page)[:6] == [42, 41, 40, 9, 8, 7] and page.locator("#search").input_value() == "girls"
+    wait_until(page, "document.title === 'Features: girls \u00b7 Words'")
     page.locator('[data-feature="9"] a').click()
     page.locator(".fcard").wait_for()
     wait_until(page, "document.title === 'Feature 9: two girls \u00b7 Words'")

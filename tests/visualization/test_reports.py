@@ -16,9 +16,10 @@ import saelab as sl
 from saelab.analysis.density import dead_features
 from saelab.cli.app import dispatch
 from saelab.visualization import reports
+from saelab.visualization.card_data import describe_card
 from saelab.visualization.html import bundle
 from saelab.visualization.reports import read_prompts
-from tests.pages import read_cards, with_script
+from tests.pages import read_cards, read_window, with_script
 
 HOSTILE = '</script><script>alert(1)</script><img src=x onerror="alert(2)">'
 STRINGS = {0: " the", 1: " hot", 2: " cold", 3: HOSTILE, 4: "\n"}
@@ -132,6 +133,45 @@ def test_a_card_counts_what_the_store_holds(store) -> None:
     assert "temperature" in str(card) and card.to_dict()["feature"] == 0
     dead = sl.analysis.describe_feature(store, 3)
     assert dead.n_firings == 0 and "Never fired on 240 tokens" in dead._repr_html_()
+
+
+def test_similar_features_have_their_names(store) -> None:
+    near = sl.analysis.nearest_features(store)
+    labels = {0: "temperature", 1: HOSTILE, 2: "the rest"}
+    card = sl.analysis.describe_feature(store, 0, labels=labels, neighbors=near)
+    assert card.label == "temperature" and [j for j, _ in card.neighbors]
+    assert card.neighbor_labels == tuple(labels.get(j, "") for j, _ in card.neighbors)
+    assert "the rest" in str(card).splitlines()[4] and "2 the rest" in card._repr_html_()
+    assert HOSTILE not in card._repr_html_() and HOSTILE in str(card)
+    shown = describe_card(card)["near"]
+    assert shown["by"] == card.likeness and {j: label for j, _, label in shown["rows"]} == {1: HOSTILE, 2: "the rest"}
+    (same,) = sl.analysis.dashboard.describe_features(store, [0], labels=labels, neighbors=near)
+    assert same == card and sl.analysis.describe_feature(store, 0, label="mine", labels=labels).label == "mine"
+
+
+def test_a_card_as_json_holds_its_windows_to_the_letter(store) -> None:
+    """Texts, codes and centers, whatever fires where; numbers as they are shown."""
+    for feature in range(4):
+        card = sl.analysis.describe_feature(store, feature, n_near=3, n_random=5)
+        shown = json.loads(json.dumps(describe_card(card), allow_nan=False))
+        assert [(g["name"], g["side"]) for g in shown["groups"]] == [(g.name, g.side) for g in card.examples.groups]
+        for group, drawn in zip(card.examples.groups, shown["groups"], strict=True):
+            for example, window in zip(group.examples, drawn["windows"], strict=True):
+                texts, codes, center = read_window(window)
+                assert window[0] == example.token and "".join(texts) == example.text
+                assert texts[center] == example.words[example.center]
+                assert codes[center] == pytest.approx(example.value, rel=5e-3)
+                assert "".join(texts[:center]) == "".join(example.words[: example.center])
+                fired = [(w, v) for w, v in zip(example.words, example.values, strict=True) if v]
+                assert [text for text, code in zip(texts, codes, strict=True) if code] == [word for word, _ in fired]
+                assert [code for code in codes if code] == pytest.approx([value for _, value in fired], rel=5e-3)
+        if card.counts:
+            bars = shown["histogram"]
+            assert bars["counts"] == list(card.counts) and card.edges[bars["below"]] == 0.0
+            below = sum(bars["counts"][: bars["below"]])
+            assert below == sum(side["n"] for side in shown["sides"] if side["sign"] < 0)
+        else:
+            assert feature == 3 and "histogram" not in shown and shown["sides"] == []
 
 
 def rows_of(page: str) -> list[dict]:
