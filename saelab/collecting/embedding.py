@@ -23,11 +23,11 @@ from saelab.lm.masks import TokenMask
 from saelab.lm.model_checks import Model, sketch_weights
 from saelab.lm.text_encoders import (
     OWN,
-    TextEncoder,
+    PooledEncoder,
     find_versions,
     is_pretrained,
     is_sentence_transformer,
-    make_text_encoder,
+    make_pooled_encoder,
 )
 from saelab.lm.unwrapped import evaluating
 from saelab.stores.activations import Activations
@@ -116,7 +116,7 @@ def embed(
         rows = _OwnVectors(encoder if vectors is None else vectors, batch_size or FUNCTION_BATCH)
     else:
         rows = _Encoded(
-            make_text_encoder(
+            make_pooled_encoder(
                 encoder, pooling, hook_point=hook_point, mask=mask, tokenizer=tokenizer, max_tokens=max_tokens,
                 batch_size=batch_size,
             )
@@ -166,7 +166,7 @@ class _Embedder:
 class _Encoded(_Embedder):
     """Vectors from a text encoder."""
 
-    def __init__(self, encoder: TextEncoder) -> None:
+    def __init__(self, encoder: PooledEncoder) -> None:
         self.encoder, self.name, self.place, self.pooling = encoder, encoder.name, encoder.place, encoder.pooling
         self.mask, self.max_tokens, self.versions = encoder.mask, encoder.max_tokens, encoder.versions
         self.weight_processing, self.sketch = encoder.weight_processing, sketch_weights(encoder.model)

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from jaxtyping import Float
 
+from saelab.lm.text_encoders import load_sentences
 from saelab.stores.files import save_tensors
 from saelab.stores.sharing import shareable
 from saelab.stores.tensors import TensorFile
@@ -47,15 +48,8 @@ class SentenceEncoder:
     """
 
     def __init__(self, name: str, device: str | None = None, **options: Any) -> None:
-        try:
-            from sentence_transformers import SentenceTransformer
-        except ImportError as error:
-            raise ImportError(
-                "The package sentence-transformers must be installed for `SentenceEncoder`: "
-                "pip install sentence-transformers. Any function from texts to vectors is an encoder, too."
-            ) from error
         self.name = shareable(name)
-        self._model = SentenceTransformer(name, device=device, **options)
+        self._model = load_sentences(name, device, **options)
 
     def __repr__(self) -> str:
         return f"SentenceEncoder({self.name!r})"

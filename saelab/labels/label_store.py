@@ -1,8 +1,7 @@
 """`LabelStore`: SQLite database of a feature store's labels, many per feature, one of them selected; with text search.
 
 Nothing is written to a file that is damaged, of another kind or of another version. Every change is one transaction
-that waits for those of other processes; the journal is SQLite's own, so that one file holds everything at rest and can
-be read where nothing may be written.
+that waits for those of other processes; the journal is SQLite's own: one file, which may be read-only, holds all at rest.
 """
 
 import gzip
@@ -103,12 +102,10 @@ class LabelStore:
 
         `timeout` is the time in seconds to wait for another process's lock.
         """
-        folder, manifest = (
-            (store.folder, store.manifest)
-            if isinstance(store, FeatureStore)
-            else (Path(store), FeatureManifest.load(store))
-        )
-        book = cls(folder / FILE, manifest, timeout)
+        if isinstance(store, FeatureStore):
+            book = cls(store.folder / FILE, store.manifest, timeout)
+        else:
+            book = cls(Path(store) / FILE, FeatureManifest.load(store), timeout)
         book._adopt()
         return book
 

@@ -32,7 +32,7 @@ MODULES = "modules.json"
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
-class TextEncoder:
+class PooledEncoder:
     """A model that gives one vector a document, and what the vectors depend on."""
 
     encode: Encode
@@ -93,7 +93,7 @@ def pool(
     return x[rows, last if pooling == "last" else at.masked_fill(~keep, x.shape[1]).amin(1)]
 
 
-def make_text_encoder(
+def make_pooled_encoder(
     encoder: Any,
     pooling: str | None = None,
     *,
@@ -102,7 +102,7 @@ def make_text_encoder(
     tokenizer: Any = None,
     max_tokens: int | None = None,
     batch_size: int | None = None,
-) -> TextEncoder:
+) -> PooledEncoder:
     """The text encoder of a model: of sentence-transformers, of Hugging Face, of saelab's `load_model`, or in a folder.
 
     Args:
@@ -179,7 +179,7 @@ def load_text_encoder(name: str | Path, *, hook_point: str | None = None, device
     place = device or (torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu")
     with hidden_bars():
         if (folder / MODULES).is_file():
-            return _load_sentences(folder, place), None
+            return load_sentences(folder, place), None
         from transformers import AutoModel, AutoTokenizer
 
         try:
@@ -188,18 +188,28 @@ def load_text_encoder(name: str | Path, *, hook_point: str | None = None, device
             raise ValueError(f"`encoder` must be a folder or Hub id of a model, got '{name}' ({error}).") from None
 
 
-def _load_sentences(folder: Path, device: Any) -> Any:
+def load_sentences(name: str | Path, device: Any = None, **options: Any) -> Any:
+    """A model of sentence-transformers.
+
+    Args:
+        name: Hub id or local folder.
+        device: where it computes; None is for sentence-transformers to choose.
+        options: further arguments of `SentenceTransformer`.
+
+    Raises:
+        ImportError: sentence-transformers is not installed.
+    """
     try:
         from sentence_transformers import SentenceTransformer
     except ImportError:
         raise ImportError(
-            f"'{folder}' is a model of sentence-transformers, which is not installed: pip install sentence-transformers "
-            "(or give the folder of its Hugging Face model, with `pooling`)."
+            f"'{name}' is opened by sentence-transformers, which is not installed: pip install sentence-transformers. "
+            "The folder of a Hugging Face model with `pooling`, or a function from texts to vectors, needs no package."
         ) from None
-    return SentenceTransformer(str(folder), device=str(device))
+    return SentenceTransformer(str(name), device=None if device is None else str(device), **options)
 
 
-def _of_sentences(model: Any, max_tokens: int | None, batch_size: int | None) -> TextEncoder:
+def _of_sentences(model: Any, max_tokens: int | None, batch_size: int | None) -> PooledEncoder:
     """The encoder of sentence-transformers, which pools by itself."""
     if max_tokens is not None:
         raise ValueError("`max_tokens` goes with `pooling`; an encoder that pools by itself has its `max_seq_length`.")
@@ -213,14 +223,14 @@ def _of_sentences(model: Any, max_tokens: int | None, batch_size: int | None) ->
 
     longest = getattr(model, "max_seq_length", None)
     inner = getattr(model[0], "auto_model", model)
-    return TextEncoder(
+    return PooledEncoder(
         encode=encode, model=model, name=_name(inner), place="sentence_embedding", pooling=OWN, max_tokens=longest
     )
 
 
 def _of_hugging_face(
     model: Any, pooling: str | None, tokenizer: Any, max_tokens: int | None, batch_size: int | None
-) -> TextEncoder:
+) -> PooledEncoder:
     if pooling is None:
         raise ValueError(
             f"`pooling` must be one of {get_args(Pooling)} for a {type(model).__name__}, which gives a vector for each "
@@ -251,7 +261,7 @@ def _of_hugging_face(
                     found[i] = row
         return torch.stack(found)
 
-    return TextEncoder(encode=encode, model=body, name=_name(model), place=PLACE, pooling=pooling, max_tokens=longest)
+    return PooledEncoder(encode=encode, model=body, name=_name(model), place=PLACE, pooling=pooling, max_tokens=longest)
 
 
 def _of_language_model(
@@ -261,7 +271,7 @@ def _of_language_model(
     mask: TokenMask,
     max_tokens: int | None,
     batch_size: int | None,
-) -> TextEncoder:
+) -> PooledEncoder:
     if pooling is None or hook_point is None or pooling == "cls":
         raise ValueError(
             "A language model's `hook_point` must be given, and `pooling` mean, last or max, got "
@@ -286,7 +296,7 @@ def _of_language_model(
 
     about = describe_model(model)
     told = {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(mask).items()}
-    return TextEncoder(
+    return PooledEncoder(
         encode=encode, model=model, name=about.name, place=place, pooling=pooling, mask=told, max_tokens=longest,
         weight_processing=about.weight_processing,
     )  # fmt: skip

@@ -1,7 +1,4 @@
-"""`FeatureStore`: the sparse feature activations of a corpus on disk, read by token or by feature.
-
-Statistics of every feature are computed when a store is written: firing counts, sums, maxima, histogram; by sign.
-"""
+"""`FeatureStore`: the sparse feature activations of a corpus on disk, read by token or by feature."""
 
 import hashlib
 from bisect import bisect_right
@@ -20,10 +17,10 @@ from numpy.typing import NDArray
 from saelab.functional.indices import ROWS_AT_ONCE, ChosenRuns, MarkedRows, find_runs, read_feature
 from saelab.stores.corpus import Places, StoredText, choose_documents
 from saelab.stores.feature_statistics import STATISTICS, FeatureStatistics, measure
-from saelab.stores.files import checksum, find_inside
+from saelab.stores.files import find_inside
 from saelab.stores.hub import HubAccess, Upload, find_folder, push_store
 from saelab.stores.manifest import FeatureManifest, Provenance
-from saelab.stores.packing import MapBudget, ShardArrays, as_csr
+from saelab.stores.packing import MapBudget, ShardArrays
 from saelab.stores.payload import draw_file, draw_pixels
 from saelab.stores.results import Drawn
 from saelab.stores.row_words import RowWords
@@ -150,13 +147,7 @@ class FeatureStore:
 
     def verify(self) -> None:
         """Compare the checksum of every file with the manifest; ValueError naming the first that differs."""
-        self.manifest.check_shards(self.folder, verify=True)
-        for file, crc32 in self.manifest.files.items():
-            path = find_inside(self.folder, file)
-            if checksum(path) != crc32:
-                raise ValueError(
-                    f"{path} must have the checksum in the manifest, got another. Harvest again with resume=False."
-                )
+        self.manifest.verify(self.folder)
 
     @property
     def d_sae(self) -> int:
@@ -232,11 +223,9 @@ class FeatureStore:
         payload = self.manifest.payload or {}
         if "paths" in payload:
             return draw_file("".join(self.text.words(*self.words.span(row, row + 1))))
-        if "pixels" not in payload:
-            return ""
         shard = bisect_right(self._starts, row) - 1
-        first = row - self._starts[shard]
-        return draw_pixels(self._shards[shard].part("pixels", first, first + 1)[0])
+        row -= self._starts[shard]
+        return draw_pixels(self._shards[shard].part("pixels", row, row + 1)[0]) if "pixels" in payload else ""
 
     @cached_property
     def words(self) -> RowWords:
@@ -402,7 +391,7 @@ class FeatureStore:
         j %= self.d_sae
         tokens, values = [np.zeros(0, np.int64)], [np.zeros(0, np.float32)]
         for start, arrays in zip(self._starts[:-1], self._shards, strict=True):
-            _, where, codes = _slice(arrays, j, j + 1)
+            _, where, codes = arrays.of_features(j, j + 1)
             tokens.append(where.astype(np.int64) + start)
             values.append(codes.astype(np.float32))
         return Feature(np.concatenate(tokens), np.concatenate(values), self, j)
@@ -446,7 +435,7 @@ class FeatureStore:
         for shard in range(len(self._shards)):
             first, end = max(start, self._starts[shard]), min(stop, self._starts[shard + 1])
             if first < end:
-                pieces.append(self._rows(shard, first - self._starts[shard], end - self._starts[shard]))
+                pieces.append(self._shards[shard].of_rows(first - self._starts[shard], end - self._starts[shard]))
         return vstack(pieces, format="csr")
 
     def columns(self, start: int = 0, stop: int | None = None) -> "csc_matrix":
@@ -454,7 +443,7 @@ class FeatureStore:
         from scipy.sparse import csc_matrix
 
         start, stop, _ = slice(start, stop).indices(self.d_sae)
-        parts = [_slice(arrays, start, stop) for arrays in self._shards]
+        parts = [arrays.of_features(start, stop) for arrays in self._shards]
         counts = np.stack([np.diff(offsets) for offsets, _, _ in parts]) if parts else np.zeros((1, stop - start))
         # Entry e of a shard goes behind those of the same feature in the shards before it.
         ends = np.concatenate([[0], np.cumsum(counts.sum(0))]).astype(np.int64)
@@ -471,22 +460,15 @@ class FeatureStore:
 
         for shard, arrays in enumerate(self._shards):
             n = self.manifest.shards[shard].n_tokens
-            offsets, tokens, values = _slice(arrays, start, stop)
+            offsets, tokens, values = arrays.of_features(start, stop)
             columns = csc_matrix((values.astype(np.float32), tokens.astype(np.int32), offsets), shape=(n, stop - start))
-            yield self._rows(shard, 0, n), columns
+            yield self._shards[shard].of_rows(0, n), columns
 
     def shards(self) -> Iterator[tuple[int, Mapping[str, np.ndarray]]]:
         """Iterator over shards: the first row and the memory-mapped arrays of each, to process everything in bounded
         memory.
         """
         return zip(self._starts[:-1], self._shards, strict=True)
-
-    def _rows(self, shard: int, first: int, end: int) -> "csr_matrix":
-        arrays = self._shards[shard]
-        offsets = arrays.part("offsets", first, end + 1)
-        part = int(offsets[0]), int(offsets[-1])
-        values = arrays.part("values", *part).astype(np.float32)
-        return as_csr(values, arrays.part("latents", *part), offsets - offsets[0], (end - first, self.d_sae))
 
 
 def _part(store: FeatureStore, shards: Sequence[int]) -> FeatureStore:
@@ -516,10 +498,3 @@ def _part(store: FeatureStore, shards: Sequence[int]) -> FeatureStore:
     part.__dict__["places"] = np.concatenate(places)
     part.__dict__["statistics"] = measure(store.d_sae, orders)
     return part
-
-
-def _slice(arrays: ShardArrays, start: int, stop: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Offsets from 0, tokens and values of some features in one shard."""
-    offsets = arrays.part("feature_offsets", start, stop + 1).astype(np.int64)
-    part = int(offsets[0]), int(offsets[-1])
-    return offsets - offsets[0], arrays.part("feature_tokens", *part), arrays.part("feature_values", *part)

@@ -290,6 +290,16 @@ class FeatureManifest(Manifest):
     files: dict[str, str] = field(default_factory=dict)
     "Checksums of the files that are not shards, by name."
 
+    def verify(self, folder: str | Path) -> None:
+        """Compare the checksum of every file with this manifest; ValueError naming the first that differs."""
+        self.check_shards(folder, verify=True)
+        for file, crc32 in self.files.items():
+            path = find_inside(folder, file)
+            if checksum(path) != crc32:
+                raise ValueError(
+                    f"{path} must have the checksum in the manifest, got another. Harvest again with resume=False."
+                )
+
     def counts(self) -> dict[str, Any]:
         """Number of rows, as `n_tokens`."""
         return {"n_tokens": self.n_tokens}

@@ -185,6 +185,21 @@ class ShardArrays(ArraysByName):
     def __len__(self) -> int:
         return len(self._file.specs)
 
+    def of_features(self, start: int, stop: int) -> tuple[Array, Array, Array]:
+        """Offsets from 0, tokens and values of features `start:stop`."""
+        offsets = self.part("feature_offsets", start, stop + 1).astype(np.int64)
+        part = int(offsets[0]), int(offsets[-1])
+        return offsets - offsets[0], self.part("feature_tokens", *part), self.part("feature_values", *part)
+
+    def of_rows(self, start: int, stop: int) -> "csr_matrix":
+        """Codes of rows `start:stop`, (stop - start, d_sae) in float32."""
+        offsets = self.part("offsets", start, stop + 1)
+        part = int(offsets[0]), int(offsets[-1])
+        values = self.part("values", *part).astype(np.float32)
+        return as_csr(
+            values, self.part("latents", *part), offsets - offsets[0], (stop - start, self._bounds["latents"])
+        )
+
     def part(self, name: str, start: int, stop: int) -> Array:
         """Entries `start:stop` of an array, checked when they are first read; ValueError for damage."""
         if name == "feature_values" and name not in self._file.specs:

@@ -30,6 +30,7 @@ def describe_card(
         "feature": card.feature,
         "label": card.label,
         "n_tokens": card.n_tokens,
+        "counted": card.examples.counted,
         "origins": [_describe_label(one, alone=len(labels) == 1) for one in labels],
         "sides": [describe_side(side) for side in card.sides],
         "groups": [_describe_group(group) for group in card.examples.groups],

@@ -34,8 +34,8 @@ function Head({ card }) {
   const n = card.sides.reduce((sum, side) => sum + side.n, 0);
   const rate = card.n_tokens ? (3 / card.n_tokens).toExponential(1) : "";
   const side = ({ sign, n, mean, peak }) => `${count(n)} ${sign > 0 ? "positive" : "negative"}, mean |z| ${short(mean)}, largest ${short(peak)}`;
-  const said = n ? `Fires on ${percent(n / card.n_tokens)} of ${count(card.n_tokens)} tokens: ${card.sides.map(side).join("; ")}.`
-    : `Never fired on ${count(card.n_tokens)} tokens: its rate is below ${rate} (95 %).`;
+  const said = n ? `Fires on ${percent(n / card.n_tokens)} of ${count(card.n_tokens)} ${card.counted}: ${card.sides.map(side).join("; ")}.`
+    : `Never fired on ${count(card.n_tokens)} ${card.counted}: its rate is below ${rate} (95 %).`;
   return html`<h2><span>${card.feature}</span> ${card.label || html`<span class="dim">no label</span>`}</h2>
     ${card.origins.map(origin => html`<p class="dim">${origin}</p>`)}<p class="dim">${said}</p>`;
 }

@@ -24,8 +24,8 @@ LABELS = {7: "a girl", 8: "girlish voices", 9: "two girls", 40: HOSTILE, 41: "sl
 
 @pytest.fixture(scope="module")
 def page_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A report of 300 features: the first 20 fire with positive codes, the next 20 with negative ones, most of the others
-    with both, and the last ten never.
+    """A report of 300 features: the first 20 fire with positive codes, the next 20 with negative ones, most of the
+    others with both, and the last ten never.
     """
     torch.manual_seed(3)
     n, width = 4000, 12
