@@ -7,7 +7,7 @@ Corpora of stories, a without the register and b with it, are coded by an SAE of
 `first` and `ten` are the shares of those passages in the firings of the first side by p value and of the first ten,
 `chance` the share of all tokens of b. `tokens` is the place of the side that agrees best with the register token by
 token (Cohen's kappa) in other stories. In the columns `found` a share of 100 stories of b has the register and 100 of a
-have not: the share of draws whose first side is a discovery, and of the register.
+have not: the share of draws whose first side is a discovery, and of the register (TopK, largest magnitude alone).
 
 Null: stories divided at random, `any` the share of divisions with a discovery at FDR .05 and `mean` the number of
 discoveries; by documents, and with tokens counted as if they were independent (Fisher's test on tokens).
@@ -57,7 +57,8 @@ def main() -> None:
             for by in ("max", "share"):
                 documents = pool_documents(store, by)
                 for register in REGISTERS:
-                    row = measure_register(documents, stories, best_side(other, others, register), register, seed)
+                    mixed, side = (name, by) == ("TopK", "max"), best_side(other, others, register)
+                    row = measure_register(documents, stories, side, register, seed, mixed)
                     registers.setdefault(f"{name}, {by}, {register}", []).append(row)
                 if name != "untrained":
                     nulls.setdefault(f"{name}, {by}", []).append(measure_null(documents, seed))
@@ -111,7 +112,7 @@ def best_side(store: sl.FeatureStore, stories: Stories, concept: str) -> tuple[i
 
 
 def measure_register(
-    documents: DocumentFeatures, stories: Stories, side: tuple[int, int], register: str, seed: int
+    documents: DocumentFeatures, stories: Stories, side: tuple[int, int], register: str, seed: int, mixed: bool
 ) -> dict[str, float]:
     has, store = stories_with(stories, register), documents.store
     inside, in_b = tokens_with(store, stories, register), has[store.doc_ids]
@@ -132,8 +133,8 @@ def measure_register(
     }
     rng = np.random.default_rng(seed)
     for share in SHARES:
-        found = [] if documents.by == "max" else [np.nan]  # of the other pooling too, it would take as long again
-        for _ in range(N_DRAWS if documents.by == "max" else 0):
+        found = [] if mixed else [np.nan]
+        for _ in range(N_DRAWS if mixed else 0):
             without, with_it = rng.permutation(np.flatnonzero(~has)), rng.permutation(np.flatnonzero(has))
             n = round(share * N_EACH)
             a, b = without[:N_EACH], np.concatenate([without[N_EACH : 2 * N_EACH - n], with_it[:n]])
