@@ -45,14 +45,15 @@ class PartialFile:
 
     @classmethod
     def make(cls, path: Path, size: int) -> "PartialFile":
-        """An empty file of a size; one that is there stays as it is."""
-        if not (path.is_file() and path.stat().st_size == size):
+        """A file of a size without any part; one that is there with its record stays as it is."""
+        record, n_chunks = _record_of(path), -(-size // CHUNK)
+        sizes = [file.stat().st_size if file.is_file() else None for file in (path, record)]
+        if sizes != [size, n_chunks]:
             path.parent.mkdir(parents=True, exist_ok=True)
-            record = _record_of(path)
-            record.unlink(missing_ok=True)  # first, so that no chunk is taken for one of another file
+            path.unlink(missing_ok=True)
+            record.write_bytes(bytes(n_chunks))  # first: a file without a record would pass for a whole one
             with open(path, "wb") as file:
                 file.truncate(size)
-            record.write_bytes(bytes(-(-size // CHUNK)))
         return cls(path)
 
     def fetch(self, start: int, stop: int) -> None:

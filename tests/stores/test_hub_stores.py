@@ -105,6 +105,21 @@ def test_a_damaged_part_is_fetched_once_more(hub: Hub, large: sl.FeatureStore) -
         read.matrix()
 
 
+@pytest.mark.parametrize("left", ["file", "record", "short"])
+def test_what_a_killed_process_left_is_made_again(hub: Hub, large: sl.FeatureStore, left: str) -> None:
+    large.push_to_hub(REPO)
+    file = sl.FeatureStore.from_pretrained(REPO).folder / "shard-00000.safetensors"
+    record = file.with_name(f".{file.name}.parts")
+    if left == "record":
+        file.unlink()
+    else:
+        file.write_bytes(bytes(file.stat().st_size if left == "file" else 100))
+    if left == "file":
+        record.unlink()
+    read = sl.FeatureStore.from_pretrained(REPO)
+    assert np.array_equal(read.feature(7).values, large.feature(7).values)
+
+
 def test_parts_alone_are_no_store(hub: Hub, large: sl.FeatureStore) -> None:
     """A folder of parts asks nobody in a process that did not open it."""
     from saelab.stores import partial_files
