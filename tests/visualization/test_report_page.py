@@ -24,18 +24,22 @@ LABELS = {7: "a girl", 8: "girlish voices", 9: "two girls", 40: HOSTILE, 41: "sl
 
 @pytest.fixture(scope="module")
 def page_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A report of 300 features: the first 20 fire with positive codes, the next 20 with negative ones, most of the others
-    with both, and the last ten never.
+    """A report of 300 features: 0 to 19 fire with positive codes, 20 to 39 with negative ones, the last ten never, all
+    others with both.
     """
-    torch.manual_seed(3)
-    n, width = 4000, 12
-    sae = sl.SAE(sl.SAEConfig(d_in=width, d_sae=D_SAE, activation=sl.AbsTopK(k=6), normalizer="none"), seed=1)
+    n, draw = 4000, torch.Generator().manual_seed(3)
+    sae = sl.SAE(sl.SAEConfig(d_in=D_SAE, d_sae=D_SAE, activation=sl.AbsTopK(k=6), normalizer="none"))
     with torch.no_grad():
-        sae.W_enc[:, :20].abs_()
-        sae.W_enc[:, 20:40].abs_().neg_()
-        sae.W_enc[:, -10:] = 0
+        sae.W_enc.copy_(torch.eye(D_SAE))
+        sae.W_dec.copy_(torch.eye(D_SAE))
+        sae.b_enc.zero_()
+        sae.b_dec.zero_()
+    x, chosen = torch.zeros(n, D_SAE), torch.rand(n, D_SAE - 10, generator=draw).topk(6).indices
+    x.scatter_(1, chosen, torch.randn(n, 6, generator=draw))
+    x[:, :20].abs_()
+    x[:, 20:40].abs_().neg_()
     words = " ".join(WORDS).split()
-    ids = torch.randint(0, len(words), (n,)).int()
+    ids = torch.randint(0, len(words), (n,), generator=draw).int()
     columns = {"token_ids": ids, "doc_ids": torch.arange(n // 20).repeat_interleave(20).int()}
     columns["positions"] = torch.arange(20).repeat(n // 20).int()
     where = sl.stores.Provenance(
@@ -43,7 +47,7 @@ def page_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
         dtype="float32", ctx_len=20, n_tokens=n, seed=None, versions={},
     )  # fmt: skip
     folder = tmp_path_factory.mktemp("report")
-    acts = sl.Activations.from_tensor(torch.randn(n, width).abs(), where, **columns)
+    acts = sl.Activations.from_tensor(x, where, **columns)
     sl.harvest(sae, None, acts, folder / "store", allow_mismatch=True, progress=False)
     strings = {str(i): f" {word}" for i, word in enumerate(words)} | {"4": HOSTILE}
     (folder / "store" / "strings.json").write_text(json.dumps(strings))
