@@ -15,19 +15,21 @@ import saelab as sl
 from saelab.labels.label import Label
 from saelab.labels.text_search import TextIndex, has_stems
 from saelab.visualization.html import read_asset
+from tests.pages import read_cards, read_window
 
 HOSTILE = '</script><script>alert(1)</script><img src=x onerror="alert(2)">'
 WORDS = "the a girl girls", "sleeping sleeps sleepy runner relational", "conditional happily crying ponies caresses"
-D_SAE = 300
+D_SAE = 220
+FEW = {"n_top": 3, "n_quantiles": 1, "n_each": 1, "n_near": 1, "n_random": 1}
 LABELS = {7: "a girl", 8: "girlish voices", 9: "two girls", 40: HOSTILE, 41: "sleepy owls", 42: "a pony"}
 
 
 @pytest.fixture(scope="module")
 def page_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A report of 300 features: 0 to 19 fire with positive codes, 20 to 39 with negative ones, the last ten never, all
+    """A report of 220 features: 0 to 19 fire with positive codes, 20 to 39 with negative ones, the last ten never, all
     others with both.
     """
-    n, draw = 4000, torch.Generator().manual_seed(3)
+    n, draw = 3000, torch.Generator().manual_seed(3)
     sae = sl.SAE(sl.SAEConfig(d_in=D_SAE, d_sae=D_SAE, activation=sl.AbsTopK(k=6), normalizer="none"))
     with torch.no_grad():
         sae.W_enc.copy_(torch.eye(D_SAE))
@@ -58,7 +60,7 @@ def page_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
             for j, text in LABELS.items()
         ]
         book.add([*made, Label(feature=5, text="by hand", author="me", by_person=True)])
-    found = sl.report(store, folder / "out", title="Words", progress=False)
+    found = sl.report(store, folder / "out", title="Words", progress=False, **FEW)
     return Path(found.page)
 
 
@@ -226,9 +228,13 @@ def test_on_a_phone_texts_come_first_and_nothing_is_wider(page: Any, page_path: 
     assert boxes[0]["x"] + boxes[0]["width"] <= boxes[1]["x"] and abs(boxes[0]["y"] - boxes[1]["y"]) < 2
 
 
-def test_a_feature_takes_few_bytes(page_path: Path) -> None:
-    n_bytes = sum(file.stat().st_size for file in page_path.parent.iterdir())
-    assert n_bytes / D_SAE < 9 * 1024, "with the page's own scripts and styles"
+def test_a_feature_takes_few_bytes(page_path: Path, tmp_path: Path) -> None:
+    store = sl.FeatureStore.load(page_path.parents[1] / "store")
+    made = sl.report(store, tmp_path / "all.html", features=range(40, 70), progress=False)
+    text = Path(made.page).read_text()
+    texts = ["".join(read_window(window)[0]) for window in read_cards(text)[50]["groups"][0]["windows"]]
+    n_bytes = sum(len(part) for part in re.findall(r'id="(?:data|cards)">(.*?)</script>', text, re.S))
+    assert sum(map(len, texts)) > 100 * len(texts) and n_bytes / 30 < 9 * 1024
 
 
 def test_a_damaged_file_of_cards_is_told(browser: Any, page_path: Path, tmp_path: Path) -> None:
@@ -238,6 +244,6 @@ def test_a_damaged_file_of_cards_is_told(browser: Any, page_path: Path, tmp_path
     made = browser.new_page()
     made.goto(f"{copy.as_uri()}#/feature/0")
     made.locator('[role="alert"]').wait_for()
-    made.goto(f"{copy.as_uri()}#/feature/299")
+    made.goto(f"{copy.as_uri()}#/feature/219")
     made.locator('[role="alert"]', has_text="cards-0002.js is missing").wait_for()
     made.close()
