@@ -15,27 +15,33 @@ import saelab as sl
 from saelab.labels.label import Label
 from saelab.labels.text_search import TextIndex, has_stems
 from saelab.visualization.html import read_asset
+from tests.pages import read_cards, read_window
 
 HOSTILE = '</script><script>alert(1)</script><img src=x onerror="alert(2)">'
 WORDS = "the a girl girls", "sleeping sleeps sleepy runner relational", "conditional happily crying ponies caresses"
-D_SAE = 300
+D_SAE = 220
+FEW = {"n_top": 3, "n_quantiles": 1, "n_each": 1, "n_near": 1, "n_random": 1}
 LABELS = {7: "a girl", 8: "girlish voices", 9: "two girls", 40: HOSTILE, 41: "sleepy owls", 42: "a pony"}
 
 
 @pytest.fixture(scope="module")
 def page_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A report of 300 features: the first 20 fire with positive codes, the next 20 with negative ones, most of the
-    others with both, and the last ten never.
+    """A report of 220 features: 0 to 19 fire with positive codes, 20 to 39 with negative ones, the last ten never, all
+    others with both.
     """
-    torch.manual_seed(3)
-    n, width = 4000, 12
-    sae = sl.SAE(sl.SAEConfig(d_in=width, d_sae=D_SAE, activation=sl.AbsTopK(k=6), normalizer="none"), seed=1)
+    n, draw = 3000, torch.Generator().manual_seed(3)
+    sae = sl.SAE(sl.SAEConfig(d_in=D_SAE, d_sae=D_SAE, activation=sl.AbsTopK(k=6), normalizer="none"))
     with torch.no_grad():
-        sae.W_enc[:, :20].abs_()
-        sae.W_enc[:, 20:40].abs_().neg_()
-        sae.W_enc[:, -10:] = 0
+        sae.W_enc.copy_(torch.eye(D_SAE))
+        sae.W_dec.copy_(torch.eye(D_SAE))
+        sae.b_enc.zero_()
+        sae.b_dec.zero_()
+    x, chosen = torch.zeros(n, D_SAE), torch.rand(n, D_SAE - 10, generator=draw).topk(6).indices
+    x.scatter_(1, chosen, torch.randn(n, 6, generator=draw))
+    x[:, :20].abs_()
+    x[:, 20:40].abs_().neg_()
     words = " ".join(WORDS).split()
-    ids = torch.randint(0, len(words), (n,)).int()
+    ids = torch.randint(0, len(words), (n,), generator=draw).int()
     columns = {"token_ids": ids, "doc_ids": torch.arange(n // 20).repeat_interleave(20).int()}
     columns["positions"] = torch.arange(20).repeat(n // 20).int()
     where = sl.stores.Provenance(
@@ -43,7 +49,7 @@ def page_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
         dtype="float32", ctx_len=20, n_tokens=n, seed=None, versions={},
     )  # fmt: skip
     folder = tmp_path_factory.mktemp("report")
-    acts = sl.Activations.from_tensor(torch.randn(n, width).abs(), where, **columns)
+    acts = sl.Activations.from_tensor(x, where, **columns)
     sl.harvest(sae, None, acts, folder / "store", allow_mismatch=True, progress=False)
     strings = {str(i): f" {word}" for i, word in enumerate(words)} | {"4": HOSTILE}
     (folder / "store" / "strings.json").write_text(json.dumps(strings))
@@ -54,7 +60,7 @@ def page_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
             for j, text in LABELS.items()
         ]
         book.add([*made, Label(feature=5, text="by hand", author="me", by_person=True)])
-    found = sl.report(store, folder / "out", title="Words", progress=False)
+    found = sl.report(store, folder / "out", title="Words", progress=False, **FEW)
     return Path(found.page)
 
 
@@ -222,9 +228,13 @@ def test_on_a_phone_texts_come_first_and_nothing_is_wider(page: Any, page_path: 
     assert boxes[0]["x"] + boxes[0]["width"] <= boxes[1]["x"] and abs(boxes[0]["y"] - boxes[1]["y"]) < 2
 
 
-def test_a_feature_takes_few_bytes(page_path: Path) -> None:
-    n_bytes = sum(file.stat().st_size for file in page_path.parent.iterdir())
-    assert n_bytes / D_SAE < 9 * 1024, "with the page's own scripts and styles"
+def test_a_feature_takes_few_bytes(page_path: Path, tmp_path: Path) -> None:
+    store = sl.FeatureStore.load(page_path.parents[1] / "store")
+    made = sl.report(store, tmp_path / "all.html", features=range(40, 70), progress=False)
+    text = Path(made.page).read_text()
+    texts = ["".join(read_window(window)[0]) for window in read_cards(text)[50]["groups"][0]["windows"]]
+    n_bytes = sum(len(part) for part in re.findall(r'id="(?:data|cards)">(.*?)</script>', text, re.S))
+    assert sum(map(len, texts)) > 100 * len(texts) and n_bytes / 30 < 9 * 1024
 
 
 def test_a_damaged_file_of_cards_is_told(browser: Any, page_path: Path, tmp_path: Path) -> None:
@@ -234,6 +244,6 @@ def test_a_damaged_file_of_cards_is_told(browser: Any, page_path: Path, tmp_path
     made = browser.new_page()
     made.goto(f"{copy.as_uri()}#/feature/0")
     made.locator('[role="alert"]').wait_for()
-    made.goto(f"{copy.as_uri()}#/feature/299")
+    made.goto(f"{copy.as_uri()}#/feature/219")
     made.locator('[role="alert"]', has_text="cards-0002.js is missing").wait_for()
     made.close()

@@ -45,7 +45,7 @@ export function frozenSource(data) {
     const down = order === "desc";
     if (!q.trim()) return kept.sort(comparing(sort || "density", down));
     const found = makeSearch().search(q), exact = places.get(Number(q));
-    
+    if (exact !== undefined) found.set(exact, [Infinity]);
     const rankOf = row => found.get(places.get(row.feature)), byDensity = comparing("density", true);
     const byRank = (a, b) => compareRanks(rankOf(b), rankOf(a)) || byDensity(a, b);
     return kept.filter(row => rankOf(row)).sort(sort ? comparing(sort, down) : byRank);
