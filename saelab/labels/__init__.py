@@ -8,8 +8,8 @@ if TYPE_CHECKING:
     from saelab.labels import autointerp as autointerp, rules as rules
     from saelab.labels.annotations import Annotations as Annotations, Change as Change
     from saelab.labels.encoders import (
+        EmbeddingFunction as EmbeddingFunction,
         SentenceEncoder as SentenceEncoder,
-        TextEncoder as TextEncoder,
         VectorIndex as VectorIndex,
         encode_texts as encode_texts,
     )

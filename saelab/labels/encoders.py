@@ -24,7 +24,7 @@ DIGEST = 16
 
 
 @runtime_checkable
-class TextEncoder(Protocol):
+class EmbeddingFunction(Protocol):
     """Protocol for text encoders, such as a sentence-transformers model's `encode`.
 
     An encoder that has a method `encode_query` too is asked by it for the vectors of labels and queries.
@@ -66,7 +66,9 @@ class SentenceEncoder:
         return np.asarray(encode(texts, show_progress_bar=False, convert_to_numpy=True))
 
 
-def encode_texts(encoder: TextEncoder, texts: Sequence[str], *, queries: bool = False) -> Float[np.ndarray, "n d"]:
+def encode_texts(
+    encoder: EmbeddingFunction, texts: Sequence[str], *, queries: bool = False
+) -> Float[np.ndarray, "n d"]:
     """Vectors of norm 1 for texts, in float32; each different text is encoded once.
 
     Args:
@@ -108,7 +110,7 @@ class VectorIndex:
     [0.0, 1.0]
     """
 
-    def __init__(self, encoder: TextEncoder, path: str | Path | None = None) -> None:
+    def __init__(self, encoder: EmbeddingFunction, path: str | Path | None = None) -> None:
         self.encoder, self.path = encoder, None if path is None else Path(path)
         self._vectors: dict[bytes, np.ndarray] = {}
         self._probe = encode_texts(encoder, [PROBE])

@@ -20,7 +20,7 @@ from typing import Any, SupportsIndex
 import numpy as np
 
 from saelab.functional.indices import read_feature
-from saelab.labels.encoders import TextEncoder, VectorIndex
+from saelab.labels.encoders import EmbeddingFunction, VectorIndex
 from saelab.labels.label import (
     BOTH,
     Format,
@@ -180,7 +180,7 @@ class LabelStore:
         return {row[0]: row[1:] for row in self.read(sql)}
 
     def search(
-        self, text: str, every: bool = False, *, encoder: TextEncoder | None = None, top: int = TOP
+        self, text: str, every: bool = False, *, encoder: EmbeddingFunction | None = None, top: int = TOP
     ) -> list[Label]:
         """The chosen labels that match a text query, best match first.
 

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
-from saelab.labels.encoders import TextEncoder
+from saelab.labels.encoders import EmbeddingFunction
 from saelab.labels.label import join_texts
 from saelab.labels.label_store import LabelStore
 from saelab.sae.sae import SAE
@@ -138,7 +138,7 @@ def match_keywords(tops: Tops, keywords: Iterable[str]) -> Bool[np.ndarray, "n_p
 
 
 def search_labels(
-    book: LabelStore, text: str, encoder: TextEncoder | None = None, top: int = 20
+    book: LabelStore, text: str, encoder: EmbeddingFunction | None = None, top: int = 20
 ) -> Int[np.ndarray, "n_features"]:
     """The features whose chosen label contains the words of `text`, best match first, for `np.isin(features, ...)`.
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from saelab.labels import LabelStore, SentenceEncoder, TextEncoder, VectorIndex, encode_texts
+from saelab.labels import EmbeddingFunction, LabelStore, SentenceEncoder, VectorIndex, encode_texts
 from saelab.labels.encoders import PROBE
 from saelab.labels.label import Label
 from saelab.stores.files import save_tensors
@@ -127,7 +127,7 @@ def test_vectors_have_norm_one_and_each_text_is_asked_once() -> None:
     assert asked == ["aa", "b", ""] and np.linalg.norm(rows, axis=1) == pytest.approx([1.0] * 4)
     assert rows.dtype == np.float32 and np.array_equal(rows[0], rows[2])
     assert not encode_texts(lambda texts: np.zeros((len(texts), 2)), ["a"]).any(), "a zero vector stays one"
-    assert isinstance(encode, TextEncoder)
+    assert isinstance(encode, EmbeddingFunction)
 
 
 def test_a_sentence_transformer_is_asked_as_it_wants_to_be(monkeypatch) -> None:

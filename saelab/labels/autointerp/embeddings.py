@@ -9,7 +9,7 @@ from saelab.functional.statistics import auroc
 from saelab.labels.autointerp.example_windows import FeatureExamplesSplit
 from saelab.labels.autointerp.requests import Reply
 from saelab.labels.autointerp.scorers import CONFIDENCE, Score
-from saelab.labels.encoders import TextEncoder, encode_texts
+from saelab.labels.encoders import EmbeddingFunction, encode_texts
 
 STEP = 1e-9
 
@@ -31,7 +31,7 @@ class Embedding:
 
     name = "embedding"
 
-    def __init__(self, encoder: TextEncoder, instruction: str = "") -> None:
+    def __init__(self, encoder: EmbeddingFunction, instruction: str = "") -> None:
         self.encoder, self.instruction = encoder, instruction
         encoder_name = getattr(encoder, "name", getattr(encoder, "__name__", type(encoder).__name__))
         self.settings = {"encoder": str(encoder_name), "instruction": instruction}
