@@ -1,7 +1,7 @@
 """`LabelStore`: SQLite database of a feature store's labels, many per feature, one of them selected; with text search.
 
 Nothing is written to a file that is damaged, of another kind or of another version. Every change is one transaction
-that waits for those of other processes; the journal is SQLite's own: one file, which may be read-only, holds all at rest.
+that waits for those of other processes; the journal is SQLite's own: one file, which may be read-only, holds all.
 """
 
 import gzip

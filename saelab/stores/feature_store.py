@@ -211,7 +211,7 @@ class FeatureStore:
     @property
     def counted(self) -> str:
         """What its rows are, as a word: tokens, or documents."""
-        return self.manifest.counted
+        return "documents" if self.of_documents else "tokens"
 
     @cached_property
     def text(self) -> StoredText:
@@ -220,7 +220,7 @@ class FeatureStore:
 
     def draw_document(self, row: int) -> str:
         """The image of a document as a data URI, from its pixels or its file; empty where there is none to show."""
-        payload = self.manifest.payload or {}
+        payload = (self.manifest.payload or {}) if self.of_documents else {}
         if "paths" in payload:
             return draw_file("".join(self.text.words(*self.words.span(row, row + 1))))
         shard = bisect_right(self._starts, row) - 1

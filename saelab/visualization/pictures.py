@@ -122,9 +122,7 @@ def _style() -> Iterator[None]:
     try:
         from matplotlib import style
     except ImportError:
-        raise ImportError(
-            "Pictures need matplotlib, which is not installed. `pip install 'saelab[pictures]'`."
-        ) from None
+        raise ImportError("Pictures need matplotlib, which is not installed. `pip install matplotlib`.") from None
     with style.context("default", after_reset=True):
         yield
 

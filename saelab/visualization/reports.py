@@ -456,6 +456,6 @@ def _row(card: FeatureCard, found: DeadFeatures, labels: Sequence[Label] = ()) -
     if scores:
         row["score"] = shorten(sum(scores) / len(scores))
     if labels:
-        row["authors"] = list(dict.fromkeys(label.author for label in labels))
+        row["authors"] = list(dict.fromkeys(shareable(label.author) for label in labels))
         row["by_person"] = any(label.by_person for label in labels)
     return row

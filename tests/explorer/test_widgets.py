@@ -116,6 +116,6 @@ def test_the_style_is_the_widgets_own() -> None:
 def test_without_anywidget_there_is_one_sentence(explorer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     widgets._widget_class.cache_clear()
     monkeypatch.setitem(sys.modules, "anywidget", None)
-    with pytest.raises(ImportError, match=r"pip install 'saelab\[widgets\]'"):
+    with pytest.raises(ImportError, match="pip install anywidget"):
         feature_widget(explorer, 3)
     widgets._widget_class.cache_clear()

@@ -472,7 +472,7 @@ def test_the_report_shows_the_book_unless_labels_are_given(store: sl.FeatureStor
         )
         assert read_cards(page)[1]["origins"] == ["by rules: f1 0.5"] and "\\u003cscript" in page
         assert [rows[j].get("score") for j in range(3)] == [None, 0.5, None] and rows[0]["authors"] == [SCRIPT, "rules"]
-        assert SCRIPT not in page and "<img" not in page
+        assert SCRIPT not in page and "<img src=x" not in page
         page = Path(report(store, tmp_path / "b.html", labels={2: "given"}, progress=False).page).read_text()
         assert {j: row["label"] for j, row in read_rows(page).items()} == {0: "", 1: "", 2: "given"}
         other = LabelStore(tmp_path / "other.sqlite")
