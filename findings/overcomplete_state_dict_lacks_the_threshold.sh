@@ -11,7 +11,7 @@ set -eu
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT
 python3 -m venv "$folder/env"
-"$folder/env/bin/pip" install -q torch==2.13.0 numpy scipy scikit-learn einops pillow matplotlib > /dev/null 2>&1
+"$folder/env/bin/pip" install -q torch==2.13.0 numpy scipy scikit-learn einops pillow matplotlib tqdm > /dev/null 2>&1
 "$folder/env/bin/pip" install -q --no-deps overcomplete==0.3.0 > /dev/null 2>&1
 cd "$folder"
 env/bin/python -W ignore - <<'PYTHON'
