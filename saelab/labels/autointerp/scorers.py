@@ -253,7 +253,7 @@ class Intruder(LLMScorer):
             return []
         ordered = sorted(case.fires, key=lambda window: max(map(abs, window.values)))
         groups = np.array_split(np.arange(len(ordered)), max(1, len(ordered) // N_ALIKE))
-        places = [0] * len(intruders)
+        places = rng.permutation(np.arange(len(intruders)) % N_TOGETHER).tolist()
         tasks = []
         for i, (intruder, place) in enumerate(zip(intruders, places, strict=True)):
             drawn = rng.choice(groups[i % len(groups)], N_TOGETHER - 1, replace=False)

@@ -103,7 +103,7 @@ def test_the_budget_makes_room_for_what_answers_turn_out_to_take(start, tmp_path
     _, client = start(("always reasoned",))
     queue, replies = ask(
         client, tmp_path / "a.jsonl", make_questions(9, tokens_out=10), n_parallel=1, price_in=0.0, price_out=1e6,
-        budget=3 * 512.0,
+        budget=3 * 512.0 + 100,
     )  # fmt: skip
     assert queue.usage.cost == 3 * 512.0 and "budget" in queue.usage.stopped and replies[3].is_waiting
 
