@@ -232,7 +232,7 @@ class ShardArrays(ArraysByName):
         last = np.maximum(high - 1, 0)
         for _ in range(int((high - low).max(initial=0)).bit_length()):  # binary search, of all entries at once
             middle = np.minimum((low + high) // 2, last)
-            below = (latents[middle] < features) & (low < high)
+            below = latents[middle] < features
             low, high = np.where(below, middle + 1, low), np.where(below, high, middle)
         found = np.minimum(low, last)
         if len(found) and not np.array_equal(latents[found], features):

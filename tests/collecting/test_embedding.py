@@ -176,11 +176,15 @@ def test_a_network_gets_parts_of_an_array_and_images_are_shown(tmp_path):
         torch.manual_seed(0)
         net = nn.Sequential(nn.Flatten(), nn.Linear(16, 6), nn.Dropout(0.5))
     images = np.random.default_rng(0).random((300, 4, 4)).astype(np.float32)
-    acts = sl.embed(net, images, tmp_path, batch_size=64, progress=False)
+    acts = sl.embed(net, images, tmp_path / "images", batch_size=64, progress=False)
     with torch.no_grad():
         torch.testing.assert_close(acts[:], net.eval()(torch.from_numpy(images)))
     assert acts.payload == {"pixels": [4, 4, 1]} and acts.texts is None
     assert np.array_equal(acts.read_pixels(0, 300).numpy(), as_pixels(images))
+    plain = tmp_path / "plain"
+    sl.embed(net, images.reshape(300, 16), plain, progress=False)
+    with pytest.raises(ValueError, match="documents_sha256"):
+        sl.embed(net, images.reshape(300, 16)[::-1].copy(), plain, progress=False)
 
 
 def refuse(match: str, *args: Any, kind: type[Exception] = ValueError, **options: Any) -> None:

@@ -61,6 +61,8 @@ def test_a_rare_word_becomes_a_predicate_where_it_tells_a_feature(planted):
     added = more.names[len(few) :]
     assert f"the word {PLANTED[0]!r}" in added and not {f"the word {word!r}" for word in OTHERS} & set(added)
     assert np.array_equal(more.column(f"the word {PLANTED[0]!r}"), held(texts, PLANTED[0]))
+    silent = ~held(texts, PLANTED[0])  # of training documents none holds it
+    assert f"the word {PLANTED[0]!r}" not in add_side_words(store, few, silent).names
     own = few.without("document word")
     assert add_side_words(store, own, store.split()) is own
 
