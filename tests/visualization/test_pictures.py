@@ -45,6 +45,9 @@ def test_bars_lie_where_their_values_are() -> None:
     red, blue = find(pixels, RED), find(pixels, BLUE)
     assert red[1].max() < blue[1].min() and len(red[0]) == pytest.approx(4 * len(blue[0]), rel=0.1)
     stacked = {"data": [{"type": "bar", "x": names, "y": [1, 1], "marker": {"color": color}} for color in (RED, BLUE)]}
+    third = {"type": "bar", "x": names, "y": [1, 1], "marker": {"color": "#00ff00"}}
+    pixels = see({"data": [*stacked["data"], third], "layout": {"barmode": "stack"}})
+    assert find(pixels, "#00ff00")[0].max() <= find(pixels, BLUE)[0].min() + 0.02
     pixels = see({**stacked, "layout": {"barmode": "stack"}})
     red, blue = find(pixels, RED), find(pixels, BLUE)
     assert blue[0].max() <= red[0].min() + 0.02 and abs(np.median(red[1]) - np.median(blue[1])) < 0.05

@@ -223,6 +223,8 @@ def test_on_a_phone_texts_come_first_and_nothing_is_wider(page: Any, page_path: 
     top = page.locator(".fcard .win").first.bounding_box()["y"]
     assert top < PHONE["height"] / 2 and page.locator(".fcard svg").bounding_box()["y"] > top
     assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
+    texts, numbers = (page.locator(f".fcard .{name}").bounding_box() for name in ("texts", "numbers"))
+    assert numbers["y"] >= texts["y"] + texts["height"] - 1 and texts["width"] > 0.9 * (PHONE["width"] - 32)
     page.set_viewport_size(DESK)
     boxes = [page.locator(f".fcard .{name}").bounding_box() for name in ("numbers", "texts")]
     assert boxes[0]["x"] + boxes[0]["width"] <= boxes[1]["x"] and abs(boxes[0]["y"] - boxes[1]["y"]) < 2
