@@ -187,6 +187,10 @@ class Cheat:
         if "pairs of texts" in prompt:
             sides = [(self.score(row["first"], i), self.score(row["second"], i + 1)) for i, row in enumerate(rows)]
             return Answer(text=json.dumps([1 if a >= b else 2 for a, b in sides]))
+        if "the intruder" in prompt:
+            return Answer(
+                text=json.dumps([1 + int(np.argmax([self.score(row["text"], i) for i, row in enumerate(rows)]))])
+            )
         scores = [self.score(row["text"], i, len(rows)) for i, row in enumerate(rows)]
         return Answer(text=json.dumps([int(score > np.median(scores)) for score in scores]))
 

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 DIFF = Source("saelab.corpora.corpus_diffing:diff_corpora")
 POOL = Source("saelab.corpora.document_features:pool_documents")
 RANK = Source("saelab.corpora.document_search:rank_documents")
-POOLINGS = read_value("saelab.corpora.document_features:Pooling")
+POOLINGS = read_value("saelab.corpora.document_features:DocumentPooling")
 
 By = Annotated[
     str,

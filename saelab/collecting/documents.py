@@ -1,4 +1,4 @@
-"""`Documents`: what `embed` makes rows of and shows with them, checked before any work and read a part at a time."""
+"""`GivenDocuments`: what `embed` makes rows of and shows with them, checked before any work and read a part at a time."""
 
 import hashlib
 from collections.abc import Callable, Iterator, Mapping
@@ -20,7 +20,7 @@ CHUNK = 2048
 
 
 @dataclass(frozen=True, eq=False)
-class Documents:
+class GivenDocuments:
     """Documents and what is shown of them."""
 
     items: Any
@@ -34,7 +34,9 @@ class Documents:
     sha256: str
 
     @classmethod
-    def read(cls, documents: Any, images: Any, separator: str | None, field: str, n_rows: int | None) -> "Documents":
+    def read(
+        cls, documents: Any, images: Any, separator: str | None, field: str, n_rows: int | None
+    ) -> "GivenDocuments":
         """The documents, all of them checked.
 
         Args:

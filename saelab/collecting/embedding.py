@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from saelab.collecting.documents import Documents
+from saelab.collecting.documents import GivenDocuments
 from saelab.collecting.reader import fingerprint
 from saelab.collecting.writers import ShardWriter, claim_folder
 from saelab.lm.hooks import require_finite
@@ -108,7 +108,7 @@ def embed(
         raise ValueError(f"`dtype` must be a floating dtype such as torch.bfloat16, got {dtype}.")
     vectors = _as_vectors(encoder)
     given = {"pooling": pooling, "hook_point": hook_point, "mask": mask, "tokenizer": tokenizer}
-    source = Documents.read(documents, images, separator, field, None if vectors is None else len(vectors))
+    source = GivenDocuments.read(documents, images, separator, field, None if vectors is None else len(vectors))
     rows: _Embedder
     if vectors is not None or _is_function(encoder):
         if wrong := [name for name, value in (given | {"max_tokens": max_tokens}).items() if value is not None]:
@@ -228,7 +228,7 @@ class _OwnVectors(_Embedder):
 class EmbeddingJob:
     """Documents, what embeds them, and how rows are stored."""
 
-    documents: Documents
+    documents: GivenDocuments
     embedder: _Embedder
     normalize: bool
     dtype: torch.dtype

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     )
     from saelab.corpora.document_features import (
         DocumentFeatures as DocumentFeatures,
-        Pooling as Pooling,
+        DocumentPooling as DocumentPooling,
         pool_documents as pool_documents,
     )
     from saelab.corpora.document_search import (

@@ -13,7 +13,7 @@ from saelab.stores.feature_store import FeatureStore
 if TYPE_CHECKING:
     from scipy.sparse import csr_matrix
 
-Pooling = Literal["max", "share", "mean"]
+DocumentPooling = Literal["max", "share", "mean"]
 SideId: TypeAlias = int | tuple[int, int]
 """a feature and its sign, 1 or -1; a number alone is the positive side of that feature"""
 N_SHOWN = 24  # tokens of a document that are shown
@@ -29,7 +29,7 @@ class DocumentFeatures:
     """
 
     store: FeatureStore
-    by: Pooling
+    by: DocumentPooling
     matrix: "csr_matrix"
     """pooled magnitudes, (n_documents, 2 d_sae)"""
     doc_ids: Integer[np.ndarray, "n_documents"]
@@ -96,7 +96,7 @@ Documents: TypeAlias = FeatureStore | DocumentFeatures
 """a feature store, whose documents are pooled by the largest magnitude, or documents that were pooled before"""
 
 
-def pool_documents(store: FeatureStore, by: Pooling = "max") -> DocumentFeatures:
+def pool_documents(store: FeatureStore, by: DocumentPooling = "max") -> DocumentFeatures:
     """The codes of a store pooled over the tokens of each document, one row a document.
 
     Positive and negative codes are pooled apart, by magnitude. One shard is held at a time.
@@ -110,8 +110,8 @@ def pool_documents(store: FeatureStore, by: Pooling = "max") -> DocumentFeatures
     Raises:
         ValueError: an unknown pooling, or a store without rows.
     """
-    if by not in get_args(Pooling):
-        raise ValueError(f"`by` must be one of {list(get_args(Pooling))}, got {by!r}.")
+    if by not in get_args(DocumentPooling):
+        raise ValueError(f"`by` must be one of {list(get_args(DocumentPooling))}, got {by!r}.")
     if len(store) == 0:
         raise ValueError("`store` must have rows, got none; harvest a text with a mask that keeps some tokens.")
     from scipy.sparse import diags, vstack
@@ -146,7 +146,7 @@ def require_same_dictionary(a: DocumentFeatures, b: DocumentFeatures) -> None:
         raise ValueError(f"Both corpora must be pooled alike, got {a.by!r} and {b.by!r}; give both the same `by`.")
 
 
-def _pool_shards(store: FeatureStore, by: Pooling, starts: np.ndarray) -> Iterator[tuple[int, "csr_matrix"]]:
+def _pool_shards(store: FeatureStore, by: DocumentPooling, starts: np.ndarray) -> Iterator[tuple[int, "csr_matrix"]]:
     """Of each shard the first document, and the pooled codes of that document and those that follow it."""
     for first, arrays in store.shards():
         n = len(arrays["places"])
@@ -155,7 +155,7 @@ def _pool_shards(store: FeatureStore, by: Pooling, starts: np.ndarray) -> Iterat
             yield int(own[0]), _pool(arrays, own - own[0], by, store.d_sae)
 
 
-def _pool(arrays: Mapping[str, np.ndarray], documents: np.ndarray, by: Pooling, d_sae: int) -> "csr_matrix":
+def _pool(arrays: Mapping[str, np.ndarray], documents: np.ndarray, by: DocumentPooling, d_sae: int) -> "csr_matrix":
     """Pooled codes of one shard: entries are read by feature, in which those of one document follow each other."""
     from scipy.sparse import csr_matrix
 
@@ -174,7 +174,7 @@ def _pool(arrays: Mapping[str, np.ndarray], documents: np.ndarray, by: Pooling, 
     return csr_matrix((data, (row, column)), shape=(int(documents[-1]) + 1, 2 * d_sae), dtype=np.float32)
 
 
-def _join_cut_documents(parts: Iterable[tuple[int, "csr_matrix"]], by: Pooling) -> Iterator["csr_matrix"]:
+def _join_cut_documents(parts: Iterable[tuple[int, "csr_matrix"]], by: DocumentPooling) -> Iterator["csr_matrix"]:
     """The pooled codes of all documents in pieces; a document that lies in several shards is one row."""
     from scipy.sparse import vstack
 

@@ -194,7 +194,7 @@ def load_sentences(name: str | Path, device: Any = None, **options: Any) -> Any:
     Args:
         name: Hub id or local folder.
         device: where it computes; None is for sentence-transformers to choose.
-        options: further arguments of `SentenceTransformer`.
+        **options: further arguments of `SentenceTransformer`.
 
     Raises:
         ImportError: sentence-transformers is not installed.

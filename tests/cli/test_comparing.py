@@ -8,6 +8,7 @@ import torch
 
 import saelab as sl
 from saelab.cli.app import dispatch
+from tests.pages import read_cards
 
 FLIPPED = (3, 5)
 
@@ -60,7 +61,9 @@ def test_matched_features_stand_side_by_side_on_a_page(folders, tmp_path, capsys
     page = tmp_path / "page.html"
     words = [str(folders["a store"]), str(folders["b store"])]
     assert dispatch(["compare", *words, "--html", str(page), "--no-progress"]) == 0
-    assert "8 features" in capsys.readouterr().out and "Partner in" in page.read_text()
+    assert "8 features" in capsys.readouterr().out
+    partners = [card["partners"] for card in read_cards(page.read_text()).values()]
+    assert len(partners) == 8 and all(one[0]["title"].startswith("Partner in") for one in partners)
 
 
 def test_saes_of_a_folder_are_baselines(folders, tmp_path, capsys) -> None:

@@ -14,6 +14,7 @@ from saelab.cli.app import dispatch
 from saelab.lm.text_encoders import make_pooled_encoder, pool
 from saelab.lm.tokenizers import SpecialWords, word_tokenizer
 from saelab.stores.payload import as_pixels, draw_pixels
+from tests.pages import read_cards
 
 WORDS = ["cat", "dog", "hen", "sun", "moon", "red", "blue", "runs", "sleeps", "the", "a"]
 HOOK = "blocks.1.hook_resid_post"
@@ -286,7 +287,7 @@ def test_the_command_line_from_text_to_report(bert_folder, tmp_path, monkeypatch
     assert "the word" in capsys.readouterr().out
     assert dispatch(["compare", "store", "store", "--shifts", "2", *quiet]) == 0
     page = Path("report/index.html").read_text()
-    assert "Documents" in page and "pooling: mean" in page and '"counted":"documents"' in page
+    assert "Documents" in page and "pooling: mean" in page and read_cards(page)[0]["counted"] == "documents"
     capsys.readouterr()
     assert dispatch(["harvest", "sae", "acts", "texts.txt", "--out", "other", *quiet]) == 2
     assert "folder of activations without" in capsys.readouterr().err

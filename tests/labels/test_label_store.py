@@ -24,6 +24,7 @@ from saelab.labels import text_search
 from saelab.labels.label import FORMATS, Label, join_texts
 from saelab.labels.label_store import FILE, LabelStore
 from saelab.labels.text_search import has_stems, rank_texts
+from saelab.stores.sharing import shareable
 from saelab.visualization.reports import report
 from tests.pages import read_cards
 
@@ -471,7 +472,10 @@ def test_the_report_shows_the_book_unless_labels_are_given(store: sl.FeatureStor
             rows[0]["label"] == f"+ {SCRIPT}; \u2212 cold" and rows[1]["label"] == "articles" and not rows[2]["label"]
         )
         assert read_cards(page)[1]["origins"] == ["by rules: f1 0.5"] and "\\u003cscript" in page
-        assert [rows[j].get("score") for j in range(3)] == [None, 0.5, None] and rows[0]["authors"] == [SCRIPT, "rules"]
+        assert [rows[j].get("score") for j in range(3)] == [None, 0.5, None] and rows[0]["authors"] == [
+            shareable(SCRIPT),
+            "rules",
+        ]
         assert SCRIPT not in page and "<img src=x" not in page
         page = Path(report(store, tmp_path / "b.html", labels={2: "given"}, progress=False).page).read_text()
         assert {j: row["label"] for j, row in read_rows(page).items()} == {0: "", 1: "", 2: "given"}
