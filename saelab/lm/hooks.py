@@ -191,27 +191,21 @@ def _split(home: HookPoints, tap: Tap) -> Iterator[Tap]:
         return None if new is None else new.reshape(x.shape)
 
     with ExitStack() as stack:
-        for module in (home.bridged, home.plain):
-            if module is not None:
-                stack.enter_context(module.register_forward_pre_hook(shape.follow, with_kwargs=True))
+        for module in home.trees:
+            stack.enter_context(module.register_forward_pre_hook(shape.follow, with_kwargs=True))
         yield split
 
 
 @contextmanager
 def _edited(home: HookPoints, name: str, tap: Tap) -> Iterator[None]:
-    """Context manager with a hook on the bridge's hook point, and on the plain model where that is the same place."""
+    """Context manager with a hook function at a hook point."""
     place = home.look(name)
     if not place.felt:
         tap = _only_reading(name, tap)
-    site = home.plain_site(name) if place.agrees else None
     with ExitStack() as stack:
         if place.flat:
             tap = stack.enter_context(_split(home, tap))
-        stack.enter_context(attach(home.bridge_site(name), tap))
-        if site is not None:
-            stack.enter_context(attach(site, tap))
-            home.n_spliced += 1
-            stack.callback(setattr, home, "n_spliced", home.n_spliced - 1)
+        stack.enter_context(home.attached(name, tap))
         yield
 
 
@@ -325,11 +319,6 @@ class TokenTracker(OwnHook):
         ids = args[0] if args else kwargs.get("input_ids")
         if not isinstance(ids, Tensor) or ids.ndim != 2 or ids.is_floating_point():
             raise ValueError("Steering needs forwards that get token ids (batch, n), got one without `input_ids`.")
-        if module is self.home.bridged and not self.home.bridge_is_right:
-            raise ValueError(
-                "Steering follows a bridge only where it computes what its model does, got one with other logits than "
-                "Hugging Face's. Use `sl.lm.logits` and `sl.generate`, which run Hugging Face's own modules."
-            )
         kwargs = _name_arguments(module, args) | kwargs
         cache = find_given(kwargs)
         if cache is not None and self.home.caching(module).argument is None:  # even if it is empty
@@ -399,15 +388,14 @@ def _find_positions(ids: Tensor, n_past: int, attention_mask: Any, before: Tenso
 
 @contextmanager
 def watch(model: Model, tracker: TokenTracker | None = None) -> Iterator[TokenTracker]:
-    """Context manager that yields a `TokenTracker` tracking every forward pass of the model, through the bridge or the
+    """Context manager that yields a `TokenTracker` tracking every forward pass of the model, through a bridge or the
     plain Hugging Face model; the one given goes on with the text of an earlier block.
     """
     home = hook_points_of(model)
     flow = TokenTracker(home) if tracker is None else tracker
     with ExitStack() as stack:
-        for module in (home.bridged, home.plain):
-            if module is not None:
-                stack.enter_context(module.register_forward_pre_hook(flow.follow, with_kwargs=True))
+        for module in home.trees:
+            stack.enter_context(module.register_forward_pre_hook(flow.follow, with_kwargs=True))
         yield flow
 
 

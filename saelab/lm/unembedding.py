@@ -52,14 +52,14 @@ class Unembedding:
         home = hook_points_of(model)
         if "ln_final" not in home.components:
             raise ValueError(
-                f"Direct effects need a norm behind the last block, got a {type(home.bridged).__name__} without one. "
+                f"Direct effects need a norm behind the last block, got a {type(home.trees[0]).__name__} without one. "
                 "Use `sl.interventions.attribute`, or steer along the direction."
             )
         with home.aside():  # without the user's hooks and edits
             running, (site, _) = home.route(["ln_final.hook_out", "unembed.hook_out"])
-            parts = [home.components[name] for name in ("ln_final", "unembed")]
-            # Twins of the twins, with the same weights: hooks that others put on the model are not on them.
-            norm, head = (strip(home.twins[part])[0] for part in parts) if running is home.plain else parts
+            names, is_plain = ("ln_final", "unembed"), running is home.plain
+            # Twins with the same weights: hooks that others put on the model are not on them.
+            norm, head = (strip(home.part(one))[0] if is_plain else home.components[one] for one in names)
             ones = torch.ones(1, 1, model.cfg.d_model).to(next(head.parameters()))
             centers = bool((norm(BIG * ones) - norm(0 * ones)).abs().amax() < 1e-3)  # the norm maps constants to 0
             factor = _find_factor(running, site, head, ones)
