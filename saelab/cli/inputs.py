@@ -19,8 +19,9 @@ from saelab.cli import options
 from saelab.cli.terminal import echo
 from saelab.collecting.harvesting import harvest_untrained
 from saelab.lm.documents import Row, read_rows
+from saelab.lm.loading_guards import offline
 from saelab.lm.model_checks import Model, find_context
-from saelab.lm.models import load_model, offline
+from saelab.lm.models import load_model
 from saelab.lm.tokens import Tokens, tokenize
 from saelab.sae.clt import CLT
 from saelab.sae.compatibility import match_model

@@ -27,6 +27,7 @@ from saelab.functional.screening import largest_first
 from saelab.interop.delphi import N_SPLITS, write_delphi
 from saelab.labels.label import FIRST_USER, Label, LabelEntry, explain, name_source
 from saelab.labels.label_store import LabelStore
+from saelab.lm.huggingface import AnyModel, as_model
 from saelab.lm.model_checks import Model, find_known_ids
 from saelab.lm.unembedding import read_out
 from saelab.sae.compatibility import match_weights
@@ -127,11 +128,8 @@ class Dashboards:
         """The dashboard of each feature, with SAEDashboard's field names."""
         for start in range(0, len(features), BLOCK):
             part = list(features[start : start + BLOCK])
-            lens = (
-                logit_lens(self.sae, self.model, part, n=N_LOGITS, allow_mismatch=True)
-                if self.sae and self.model
-                else None
-            )
+            sae, model = self.sae, self.model
+            lens = logit_lens(sae, model, part, n=N_LOGITS, allow_mismatch=True) if sae and model else None
             effects = None
             if self.sae and self.model:
                 effects = read_out(self.model, self.sae.directions()[part]).cpu()[:, find_known_ids(self.model)]
@@ -429,7 +427,7 @@ def export_store(
     format: StoreFormat,
     *,
     sae: SAE | None = None,
-    model: "Model | None" = None,
+    model: AnyModel | None = None,
     features: FeatureIds | None = None,
     source_set: str = "saelab",
     creator: str = "",
@@ -469,7 +467,7 @@ def export_store(
     fires = store.statistics.fires.sum(1) > 0
     wanted = read_features(fires.nonzero()[0] if features is None else features, store.d_sae)
     source = NeuronpediaSource.of(store, source_set, about.model_id)
-    boards = Dashboards.open(store, sae, model)
+    boards = Dashboards.open(store, sae, None if model is None else as_model(model))
     records = BulkImport(boards, source, replace(about, creator=creator or about.creator))
     made = _show_progress(boards.make(wanted), len(wanted), progress)
     if format == "neuronpedia":

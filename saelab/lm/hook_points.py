@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from saelab.functional.autocast import computing_in
 from saelab.lm.caching import Caching, measure_caching
-from saelab.lm.huggingface import HuggingFaceModel, ModelLike, as_model
+from saelab.lm.huggingface import AnyModel, HuggingFaceModel, as_model
 from saelab.lm.model_checks import HookBooks, Model, Sketch, has_processed_weights, sketch_weights
 from saelab.lm.module_names import name_hook_points, name_modules
 from saelab.lm.unwrapped import Site, Tap, WithOwnHooks, attach, make_probe, run, set_attention, strip
@@ -56,7 +56,6 @@ class HookPoints:
     """Hugging Face's own modules"""
     trees: tuple[nn.Module, ...]
     """the modules whose forward passes are those of the model"""
-    hooks: HookBooks
     probe: Tensor
     """two rows of random token ids for short test forward passes"""
     points: dict[str, str]
@@ -78,7 +77,7 @@ class HookPoints:
             self.points = name_hook_points(self.components, hf_model, self.probe)
 
     def _begin(self, model: Model, trees: tuple[nn.Module, ...], hooks: HookBooks) -> None:
-        self.trees, self.hooks, self.probe = trees, hooks, make_probe(model)
+        self.trees, self._hooks, self.probe = trees, hooks, make_probe(model)
         self.places: dict[str, HookSite] = {}
         self._caching: dict[nn.Module, Caching] = {}
         # These dictionaries live as long as their module, so checking them before each forward pass is quick.
@@ -110,7 +109,7 @@ class HookPoints:
     @property
     def is_bare(self) -> bool:
         """Whether plain modules run, and nobody's hooks are on the model, saelab's edits included."""
-        return not self.hooks.has_foreign()
+        return not self._hooks.has_foreign()
 
     def find(self, name: str) -> str:
         """The canonical name of a hook point; ValueError with similar names."""
@@ -160,7 +159,7 @@ class HookPoints:
     @contextmanager
     def aside(self) -> Iterator[None]:
         """Context manager in which no hooks are on the model, whoever registered them, and no autocast is in force."""
-        with computing_in(None, self.probe.device.type), self.hooks.aside():
+        with computing_in(None, self.probe.device.type), self._hooks.aside():
             yield
 
     def _measure(self, name: str) -> HookSite:
@@ -260,8 +259,8 @@ class BridgeHookPoints(HookPoints):
         distance = f"the bridge's logits are {_distance(said, found):.1%} away from Hugging Face's"
         if not owns_weights:
             raise BridgeError(
-                f"A TransformerBridge must compute what its model does, but {distance}. Give it to `saelab.load_model`, "
-                "which takes Hugging Face's own modules (backend='huggingface')."
+                f"A TransformerBridge must compute what its model does, but {distance}. Give it to "
+                "`saelab.load_model`, which takes Hugging Face's own modules (backend='huggingface')."
             )
         logger.info("This model runs through its bridge, at about half the speed: %s", distance)
         return None, {}
@@ -274,7 +273,7 @@ class BridgeHookPoints(HookPoints):
     @property
     def _sees_all(self) -> bool:
         """Whether all hooks on the model are saelab's, and on the plain model, too."""
-        return not self.hooks.has_foreign() and self.hooks.count_ours() == self.n_spliced
+        return not self._hooks.has_foreign() and self._hooks.count_ours() == self.n_spliced
 
     @property
     def _more(self) -> str:
@@ -418,7 +417,7 @@ def is_close(x: Tensor, y: Tensor) -> bool:
 _doors: weakref.WeakKeyDictionary[Model, HookPoints] = weakref.WeakKeyDictionary()
 
 
-def hook_points_of(model: ModelLike) -> HookPoints:
+def hook_points_of(model: AnyModel) -> HookPoints:
     """The `HookPoints` of a model, rebuilt when its weights have changed.
 
     Raises:
@@ -435,7 +434,7 @@ def hook_points_of(model: ModelLike) -> HookPoints:
     return _doors[model]
 
 
-def share_weights(model: ModelLike) -> Model:
+def share_weights(model: AnyModel) -> Model:
     """A second model on the same parameters and buffers, with modules and hooks of its own.
 
     Two threads may each run one of them: edits, readings and `train()` of one are not felt by the other; changes of

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from saelab.lm.caching import count_columns, find_given, require_whole
 from saelab.lm.hook_points import HookPoints, hook_points_of, require_once
+from saelab.lm.huggingface import AnyModel, as_model
 from saelab.lm.masks import TokenMask
 from saelab.lm.model_checks import Model, find_context
 from saelab.lm.tokens import Tokens
@@ -28,7 +29,7 @@ class _Stop(Exception):
     """Ends a forward pass once all hook points asked for have fired."""
 
 
-def find_hook_point(model: Model, name: str) -> str:
+def find_hook_point(model: AnyModel, name: str) -> str:
     """`name`, after checking that the model has a hook point of that name; else ValueError.
 
     Both the old spellings ("blocks.2.hook_resid_post") and the canonical ones ("blocks.2.hook_out") are accepted.
@@ -37,12 +38,13 @@ def find_hook_point(model: Model, name: str) -> str:
     >>> sl.lm.find_hook_point(sl.lm.tiny_model(), "blocks.0.hook_resid_post")
     'blocks.0.hook_resid_post'
     """
+    model = as_model(model)
     hook_points_of(model).find(name)
     return name
 
 
 def capture(
-    model: Model,
+    model: AnyModel,
     ids: Int[Tensor, "batch ctx_len"],
     hook_points: Sequence[str],
     *,
@@ -68,6 +70,7 @@ def capture(
     >>> x["blocks.1.hook_resid_post"].shape
     torch.Size([2, 5, 32])
     """
+    model = as_model(model)
     names = list(dict.fromkeys(hook_points))
     plain_or_bridge, sites = hook_points_of(model).route(names)
     with within_context(model, ids):
@@ -239,7 +242,7 @@ def _replace(name: str, edit: Callable[[Tensor], Tensor]) -> Tap:
 
 
 def logits(
-    model: Model, ids: Int[Tensor, "batch ctx_len"], *, grad: bool = False
+    model: AnyModel, ids: Int[Tensor, "batch ctx_len"], *, grad: bool = False
 ) -> Float[Tensor, "batch ctx_len d_vocab"]:
     """Logits of the model for right-padded rows of ids, in its dtype; edits of `splice` and `steer` apply.
 
@@ -248,6 +251,7 @@ def logits(
     >>> sl.lm.logits(sl.lm.tiny_model(), torch.ones(1, 4, dtype=torch.long)).shape
     torch.Size([1, 4, 259])
     """
+    model = as_model(model)
     plain_or_bridge, _ = hook_points_of(model).route([])
     with torch.set_grad_enabled(grad), within_context(model, ids):
         return run_as_set(plain_or_bridge, to_model(model, ids))

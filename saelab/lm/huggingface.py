@@ -1,13 +1,13 @@
 """`HuggingFaceModel`: a plain Hugging Face model as a `Model`, without transformer_lens.
 
-Its hook points have TransformerLens' names, and the numbers there are those of a bridge around the same weights. What is
-inside of a Hugging Face module (attention patterns, normalized activations before a norm's weight) has none.
+Its hook points have TransformerLens' names, and the numbers there are those of a bridge around the same weights. What
+is inside of a Hugging Face module (attention patterns, normalized activations before a norm's weight) has none.
 """
 
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any, TypeAlias
 from weakref import WeakValueDictionary
@@ -18,11 +18,11 @@ from saelab.lm.model_checks import Model, admit_object, admit_tokenizer, find_li
 from saelab.lm.module_names import text_config
 from saelab.lm.tokenizers import copy_tokenizer
 
-ModelLike: TypeAlias = Model | nn.Module
+AnyModel: TypeAlias = Model | nn.Module
 """What is accepted as a model: what `load_model` returns, or a causal Hugging Face model as it is."""
 
 
-@dataclass(frozen=True)
+@dataclass
 class HuggingFaceConfig:
     """Sizes of a Hugging Face model, named as in TransformerLens' configuration."""
 
@@ -35,12 +35,12 @@ class HuggingFaceConfig:
     n_heads: int
     """number of attention heads of a layer; 0 without attention"""
     d_head: int
-    """width of a head; 0 without attention"""
+    """width of a head; 0 without attention, or where layers differ"""
     n_ctx: int
     """maximum length of a row in tokens"""
     model_name: str
     """the model's name or folder"""
-    architecture: str
+    architecture: str | None
     """name of its class"""
 
     @classmethod
@@ -54,7 +54,7 @@ class HuggingFaceConfig:
             d_vocab=_find(text, ("vocab_size", "n_vocab")),
             n_layers=_find(text, ("num_hidden_layers", "n_layer", "n_layers", "num_layers")),
             n_heads=n_heads,
-            d_head=_find(text, ("head_dim",), width // n_heads if n_heads else 0),
+            d_head=_find_head(text, width // n_heads if n_heads else 0),
             n_ctx=find_limit(model.config),
             model_name=name,
             architecture=type(model).__name__,
@@ -69,6 +69,13 @@ def _find(config: Any, names: tuple[str, ...], default: int | None = None) -> in
             "backend='transformer_lens'."
         )
     return found
+
+
+def _find_head(config: Any, default: int) -> int:
+    try:
+        return _find(config, ("head_dim",), default)
+    except Exception:  # Gemma 4's configuration raises an error of its own kind where layers differ
+        return 0
 
 
 class HuggingFaceModel:
@@ -101,20 +108,19 @@ class HuggingFaceModel:
         name = name or getattr(self.original_model.config, "_name_or_path", "") or type(self.original_model).__name__
         self.cfg = HuggingFaceConfig.read(self.original_model, name)
         self._weights_processed = False
-        self._tokenizer = None if tokenizer is None else copy_tokenizer(tokenizer, name)
-        self._is_searched = tokenizer is not None
         if tokenizer is not None:
+            self.tokenizer = copy_tokenizer(tokenizer, name)
             admit_tokenizer(self)
 
-    @property
+    @cached_property
     def tokenizer(self) -> Any:
         """The tokenizer; None where none was given and the model's folder has none."""
-        if not self._is_searched:
-            self._is_searched, found = True, _find_tokenizer(self.cfg.model_name)
-            if found is not None:
-                self._tokenizer = copy_tokenizer(found, self.cfg.model_name)
-                admit_tokenizer(self)
-        return self._tokenizer
+        found = _find_tokenizer(self.cfg.model_name)
+        if found is None:
+            return None
+        self.tokenizer = copy_tokenizer(found, self.cfg.model_name)
+        admit_tokenizer(self)
+        return self.tokenizer
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """What the Hugging Face model returns."""
@@ -133,15 +139,15 @@ class HuggingFaceModel:
 
     def modules(self) -> Iterator[nn.Module]:
         """All modules, as in `torch.nn.Module`."""
-        return self.original_model.modules()  # type: ignore[no-any-return]
+        return self.original_model.modules()
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Parameters with their names, as in `torch.nn.Module`."""
-        return self.original_model.named_parameters()  # type: ignore[no-any-return]
+        return self.original_model.named_parameters()
 
     def parameters(self) -> Iterator[nn.Parameter]:
         """All parameters, as in `torch.nn.Module`."""
-        return self.original_model.parameters()  # type: ignore[no-any-return]
+        return self.original_model.parameters()
 
     def to(self, *args: Any, **kwargs: Any) -> "HuggingFaceModel":
         """The model on another device or in another dtype, in place, as in `torch.nn.Module`."""
@@ -163,7 +169,7 @@ def _find_tokenizer(name: str) -> Any:
 _wrapped: "WeakValueDictionary[int, HuggingFaceModel]" = WeakValueDictionary()
 
 
-def as_model(model: ModelLike) -> Model:
+def as_model(model: AnyModel) -> Model:
     """The model itself, or a `HuggingFaceModel` around a Hugging Face model.
 
     The same one while somebody uses it. Whoever calls many functions saves the short forward passes that each makes
@@ -177,8 +183,8 @@ def as_model(model: ModelLike) -> Model:
         return model  # type: ignore[return-value]
     if not isinstance(model, nn.Module):
         raise TypeError(
-            f"`model` must be what `saelab.load_model` returns, or a Hugging Face model, got a {type(model).__name__}. "
-            "Give its name or folder to `saelab.load_model`."
+            "A model must be what `saelab.load_model` returns, or a causal Hugging Face model, got a "
+            f"{type(model).__name__}. Give its name or folder to `saelab.load_model`."
         )
     inner = getattr(model, "_orig_mod", model)  # of a compiled model
     found = _wrapped.get(id(inner))

@@ -48,6 +48,7 @@ _LIKE_LIMITS = re.compile(r"position|context|ctx|seq\w*_len|max_len")
 _RECURRENT = ("rwkv",)  # its `context_length` sizes a training kernel; a state has no positions
 
 
+@runtime_checkable
 class ModelConfig(Protocol):
     """Protocol of a model's configuration: the fields that saelab reads."""
 
@@ -66,8 +67,14 @@ class Model(Protocol):
     Its `hook_dict` is not listed, because run-time checks would build it for every call.
     """
 
-    cfg: ModelConfig
-    tokenizer: Any
+    @property
+    def cfg(self) -> ModelConfig:
+        """Sizes and names."""
+
+    @property
+    def tokenizer(self) -> Any:
+        """The tokenizer, or None."""
+
     original_model: nn.Module
     """the Hugging Face model inside"""
     compatibility_mode: bool
@@ -120,8 +127,8 @@ def admit_object(model: Any) -> Any:
         )
     if not hasattr(model, "can_generate") or not hasattr(model, "config"):
         raise TypeError(
-            f"`name_or_path` must be a name, a folder, a TransformerBridge or a Hugging Face model, got a {kind}. "
-            "Load it with transformers' `AutoModelForCausalLM`, or give its name."
+            f"A model must be what `saelab.load_model` returns, or a causal Hugging Face model, got a {kind}. "
+            "Load it with transformers' `AutoModelForCausalLM`, or give its name to `saelab.load_model`."
         )
     admit_config(model.config, kind)
     if not model.can_generate():

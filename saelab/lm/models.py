@@ -1,16 +1,10 @@
-"""`load_model`: loads a language model from the Hub, a folder or an object, a built-in one, or a tiny random one.
-
-Side effects of loading are suppressed: progress bars, started processes, network access, and weights filled in at
-random.
-"""
+"""`load_model`: a language model from the Hub, a folder or an object, or one that is built in, and its back end."""
 
 import logging
 import os
-import subprocess
-import threading
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -21,7 +15,8 @@ from torch import Tensor, nn
 
 from saelab._lazy import uncollected
 from saelab.lm.hook_points import BridgeError, hook_points_of, is_close
-from saelab.lm.huggingface import HuggingFaceModel, ModelLike, as_model, is_bridge
+from saelab.lm.huggingface import AnyModel, HuggingFaceModel, as_model, is_bridge
+from saelab.lm.loading_guards import hidden_bars, no_copied_embeddings, no_processes, offline
 from saelab.lm.model_checks import (
     Model,
     admit_config,
@@ -38,102 +33,11 @@ from saelab.stores.files import shareable
 from saelab.stores.jobs import hidden
 
 logger = logging.getLogger(__name__)
-_STARTERS = ("fork", "forkpty", "posix_spawn", "posix_spawnp", "system", "popen", "startfile")
 Processing = Literal["none", "folded"]
 Backend = Literal["auto", "transformer_lens", "huggingface"]
 BUILT_IN = ("tales", "tales-b", "othello")
 WORLD_MODELS = Path(__file__).parents[1] / "synthetic" / "models"
 """folder of the built-in models"""
-
-
-@contextmanager
-def hidden_bars() -> Iterator[None]:
-    """Context manager without progress bars of transformers and huggingface_hub; their previous settings are
-    restored.
-    """
-    from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
-    from transformers.utils import logging
-
-    shown, hub_hidden = logging.is_progress_bar_enabled(), are_progress_bars_disabled()
-    logging.disable_progress_bar()  # also disables those of huggingface_hub
-    try:
-        yield
-    finally:
-        if shown:
-            logging.enable_progress_bar()
-        if are_progress_bars_disabled() != hub_hidden:
-            (disable_progress_bars if hub_hidden else enable_progress_bars)()
-
-
-@contextmanager
-def no_processes() -> Iterator[None]:
-    """Context manager in which starting a process on this thread raises PermissionError and is logged.
-
-    transformer_lens installs torchvision by pip where a processor is missing, and continues without it where that
-    fails.
-    """
-    thread = threading.get_ident()
-
-    def guard(start: Callable) -> Callable:
-        def refuse(*args: Any, **options: Any) -> Any:
-            if threading.get_ident() != thread:
-                return start(*args, **options)
-            wanted = next((arg for arg in args if isinstance(arg, str | bytes | list | tuple)), options.get("args", ""))
-            logger.info("Not started while a model was loaded, since nobody asked for it: %s", wanted)
-            raise PermissionError(f"Loading a model starts no process, a library wanted {wanted!r}. Run it yourself.")
-
-        return refuse
-
-    with ExitStack() as stack:
-        stack.enter_context(_replaced(subprocess.Popen, "__init__", guard))
-        for name in _STARTERS:
-            if hasattr(os, name):
-                stack.enter_context(_replaced(os, name, guard))
-        yield
-
-
-@contextmanager
-def no_copied_embeddings() -> Iterator[None]:
-    """Context manager in which a bridge has no `W_E_pos` on this thread: a new bridge reads all its attributes in
-    search of hook points, and this one copies the embeddings to answer.
-    """
-    from transformer_lens.model_bridge import TransformerBridge
-
-    if "W_E_pos" not in vars(TransformerBridge):
-        yield
-        return
-    thread = threading.get_ident()
-
-    def hide(before: property) -> property:
-        def read(bridge: Any) -> Any:
-            if threading.get_ident() == thread:
-                raise AttributeError("W_E_pos")
-            return before.__get__(bridge)
-
-        return property(read)
-
-    with _replaced(TransformerBridge, "W_E_pos", hide):
-        yield
-
-
-@contextmanager
-def offline() -> Iterator[None]:
-    """Context manager in which huggingface_hub and transformers do not use the network."""
-    from huggingface_hub import constants
-
-    with _replaced(constants, "HF_HUB_OFFLINE", lambda _: True):
-        yield
-
-
-@contextmanager
-def _replaced(holder: Any, name: str, make: Callable[[Any], Any]) -> Iterator[None]:
-    """Context manager in which an attribute is replaced by what `make` returns for it."""
-    before = vars(holder)[name]
-    setattr(holder, name, make(before))
-    try:
-        yield
-    finally:
-        setattr(holder, name, before)
 
 
 def load_model(
@@ -376,7 +280,9 @@ def _named(name: str, local: bool) -> Iterator[None]:
     """Context manager that turns any error of the libraries into a ValueError that begins with what was to be
     loaded.
     """
-    with _explained(f"{'a model folder that can be read' if local else 'a Hub id that can be reached, or a folder'}", name):
+    with _explained(
+        f"{'a model folder that can be read' if local else 'a Hub id that can be reached, or a folder'}", name
+    ):
         yield
 
 
@@ -440,7 +346,7 @@ def tiny_model(
     >>> model.tokenizer.decode(model.tokenizer("a tin can", add_special_tokens=False)["input_ids"])
     'a tin can'
     """
-    return _wrap(*_make_tiny(architecture, d_model, n_layers, ctx_len, seed))  # type: ignore[no-any-return]
+    return _wrap(*_make_tiny(architecture, d_model, n_layers, ctx_len, seed))
 
 
 def _make_tiny(
@@ -503,7 +409,7 @@ class ModelDescription(NamedTuple):
     backend: str
 
 
-def describe_model(model: ModelLike) -> ModelDescription:
+def describe_model(model: AnyModel) -> ModelDescription:
     """The model's name, weight processing, library versions and backend, as recorded in the provenance of activations.
 
     Of a local folder the name is its last part only, so that shared files do not reveal paths of the machine. "none"

@@ -92,7 +92,7 @@ def name_modules(model: Any) -> dict[str, nn.Module]:
 
     >>> from transformers import GPT2Config, GPT2LMHeadModel
     >>> hf_model = GPT2LMHeadModel(GPT2Config(vocab_size=8, n_embd=8, n_layer=1, n_head=2))
-    >>> [name for name in name_modules(hf_model) if name.count(".") < 3 and "drop" not in name][:5]
+    >>> list(name_modules(hf_model))[:5]
     ['embed', 'unembed', 'pos_embed', 'ln_final', 'blocks.0']
     """
     decoder, listed, layers = _find_layers(model)
@@ -101,7 +101,7 @@ def name_modules(model: Any) -> dict[str, nn.Module]:
         found["unembed"] = head
     named = {id(part) for part in found.values()}
     for child, part in decoder.named_children():
-        if id(part) not in named and child != listed:
+        if id(part) not in named and child != listed and not isinstance(part, nn.Dropout):
             found.setdefault(_turn(_ROOT).get(child, child), part)
     for i, layer in enumerate(layers):
         found[f"blocks.{i}"] = layer
@@ -153,6 +153,8 @@ def _name_block(layer: nn.Module, prefix: str) -> dict[str, nn.Module]:
         names |= {"attention": "time_mix", "feed_forward": "channel_mix"}
     found: dict[str, nn.Module] = {}
     for child, part in children.items():
+        if isinstance(part, nn.Dropout):  # several parts may share it, and it does nothing
+            continue
         if child in ("fc1", "fc2"):  # of an MLP without a module of its own
             found[f"{prefix}.mlp.{_turn(_GATED)[child]}"] = part
             continue
@@ -170,7 +172,8 @@ def _name_part(
     found: dict[str, nn.Module] = {path: part}
     own = _turn(_PARTS.get(name, {}))
     for inner, module in part.named_children():
-        found |= _name_part(found, module, path, inner, own)
+        if not isinstance(module, nn.Dropout):
+            found |= _name_part(found, module, path, inner, own)
     return found
 
 
@@ -264,7 +267,9 @@ def _find_middles(components: Mapping[str, nn.Module], model: Any, probe: Tensor
         for path in wanted:
             stack.enter_context(components[path].register_forward_pre_hook(keep(path), with_kwargs=True))
         model(probe, use_cache=False)
-    return {block: f"{block}.{name}" for block, seen in calls.items() if (name := _choose_middle(components, block, seen))}
+    return {
+        block: f"{block}.{name}" for block, seen in calls.items() if (name := _choose_middle(components, block, seen))
+    }
 
 
 def _choose_middle(components: Mapping[str, nn.Module], block: str, seen: list[tuple[str, Any]]) -> str | None:

@@ -8,6 +8,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from saelab.lm.hook_points import HookPoints, hook_points_of
+from saelab.lm.huggingface import AnyModel, as_model
 from saelab.lm.model_checks import Model, find_known_ids
 from saelab.lm.unwrapped import Site, attach, run_as_set, strip
 
@@ -43,12 +44,13 @@ class Unembedding:
 
     @classmethod
     @torch.no_grad()
-    def measure(cls, model: Model) -> "Unembedding":
+    def measure(cls, model: AnyModel) -> "Unembedding":
         """The unembedding of a model, measured by running its modules.
 
         Raises:
             ValueError: for a model without a final norm.
         """
+        model = as_model(model)
         home = hook_points_of(model)
         if "ln_final" not in home.components:
             raise ValueError(

@@ -35,7 +35,9 @@ Site = tuple[nn.Module, str]
 def unwrap(module: nn.Module) -> nn.Module:
     """Hugging Face's own module behind the bridge's wrappers of it; any other module as it is."""
     parts = sys.modules.get("transformer_lens.model_bridge.generalized_components.base")
-    while parts is not None and isinstance(module, parts.GeneralizedComponent) and module.original_component is not None:
+    while (
+        parts is not None and isinstance(module, parts.GeneralizedComponent) and module.original_component is not None
+    ):
         module = module.original_component
     return module
 

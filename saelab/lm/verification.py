@@ -11,7 +11,7 @@ from torch import Tensor
 
 from saelab.lm.hook_points import BridgeHookPoints, HookPoints, hook_points_of
 from saelab.lm.hooks import capture, read_sites, to_model
-from saelab.lm.huggingface import ModelLike, as_model
+from saelab.lm.huggingface import AnyModel, as_model
 from saelab.lm.model_checks import has_processed_weights
 from saelab.lm.unwrapped import Site, strip
 from saelab.stores.results import Result, format_table
@@ -55,7 +55,7 @@ class HookAgreement(Result):
         return super().to_dict() | {"ok": self.ok}
 
 
-def verify_hooks(model: ModelLike, ids: Int[Tensor, "batch ctx_len"] | None = None) -> HookAgreement:
+def verify_hooks(model: AnyModel, ids: Int[Tensor, "batch ctx_len"] | None = None) -> HookAgreement:
     """Distances between every residual hook point and the values between the layers of the plain Hugging Face model.
 
     Hugging Face's hidden states are the reference where one of them is of that place (families differ in whether they

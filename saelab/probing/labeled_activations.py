@@ -9,6 +9,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from saelab.lm.hooks import capture, forward_size
+from saelab.lm.huggingface import AnyModel, as_model
 from saelab.lm.masks import TokenMask
 from saelab.lm.model_checks import Model
 from saelab.lm.token_labels import LabelsLike, pick_marks
@@ -33,7 +34,7 @@ class LabeledActivations:
 
 
 def collect_labeled(
-    model: Model,
+    model: AnyModel,
     tokens: Tokens,
     labels: LabelsLike | Bool[Tensor, "n_seq ctx_len"],
     hook_point: str,
@@ -68,6 +69,7 @@ def collect_labeled(
     >>> collect_labeled(model, tokens, tokens.ids == int(tokens.ids[0, 1]), "blocks.1.hook_resid_post", n_tokens=4)
     LabeledActivations(2 of 4 true, d_in=32)
     """
+    model = as_model(model)
     marks = pick_marks(labels, concept)
     require_shape(marks.shape, tokens)
     keep = mask.apply(tokens).keep

@@ -352,19 +352,21 @@ class Provenance:
     "A few numbers computed from the language model's weights, which identify it whatever its name."
     autocast: str | None = None
     "Dtype of the language model's products under `torch.autocast`, where that was used."
+    backend: str | None = None
+    "What ran the language model: transformer_lens or huggingface, whose numbers are the same up to rounding."
     sources: dict[str, dict[str, Any]] | None = None
     "Provenance of each source by name, where several are joined; the other fields are those of the first."
 
     def to_dict(self) -> dict[str, Any]:
-        """The fields as JSON values, without local paths; those of a second hook point, of autocast and of several
-        sources only where there are any.
+        """The fields as JSON values, without local paths; those of a second hook point, of autocast, of the
+        back end and of several sources only where they are known.
         """
         plain = asdict(self) | {"model": shareable(self.model), "text": shareable(self.text)}
         if self.hook_point_out is None:
             del plain["hook_point_out"], plain["median_norm_out"]
         if self.model_sketch is None:
             del plain["model_sketch"]
-        for name in ("autocast", "sources"):
+        for name in ("autocast", "backend", "sources"):
             if plain[name] is None:
                 del plain[name]
         return plain

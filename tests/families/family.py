@@ -12,6 +12,7 @@ from torch import Tensor, nn
 import saelab as sl
 from saelab.lm.generation import GREEDY
 from saelab.lm.hook_points import hook_points_of
+from saelab.lm.huggingface import HuggingFaceModel
 from saelab.lm.model_checks import Model
 from saelab.lm.models import _byte_tokenizer
 
@@ -29,9 +30,11 @@ class Wrong(AssertionError):
 class Family:
     """A random Hugging Face model, and saelab's of the same weights."""
 
-    def __init__(self, theirs: Any) -> None:
+    def __init__(self, theirs: Any, backend: str = "auto") -> None:
         self.theirs = theirs
-        self.model: Model = sl.load_model(theirs, tokenizer=_byte_tokenizer(("<s>", "</s>", "<pad>")))
+        # A plain model would be the object itself: hooks and settings of the one must not be felt by the other.
+        given = theirs if backend == "transformer_lens" else copy.deepcopy(theirs)
+        self.model: Model = sl.load_model(given, tokenizer=_byte_tokenizer(("<s>", "</s>", "<pad>")), backend=backend)
         self.ids = torch.randint(3, 250, (2, 12), generator=torch.Generator().manual_seed(1))
         self._take_eager_attention()
 
@@ -45,6 +48,8 @@ class Family:
         self.theirs.set_attn_implementation("eager")
         if (self.run(self.ids) - fused).abs().max() <= 1e-4 * fused.abs().max():
             self.theirs.set_attn_implementation(given)
+        elif isinstance(self.model, HuggingFaceModel):  # computes as its owner has chosen
+            self.model.original_model.set_attn_implementation("eager")
 
     @property
     def blocks(self) -> list[str]:
@@ -97,6 +102,23 @@ class Family:
             return type(out)([edit(out[0]), *out[1:]]) if isinstance(out, tuple | list) else edit(out)
 
         with self.module(self.blocks[block]).register_forward_hook(hook):
+            yield
+
+    @contextmanager
+    def hooked(self, edit: Edit) -> Iterator[None]:
+        """The edit on what block 1 hands on, by a hook of the user's on saelab's model."""
+        if not isinstance(self.model, HuggingFaceModel):
+            self.model.hook_dict[self.point].add_hook(lambda x, hook: edit(x))
+            try:
+                yield
+            finally:
+                self.model.reset_hooks()
+            return
+
+        def hook(_module: Any, _args: Any, out: Any) -> Any:
+            return type(out)([edit(out[0]), *out[1:]]) if isinstance(out, tuple | list) else edit(out)
+
+        with hook_points_of(self.model).components[self.blocks[1]].register_forward_hook(hook):
             yield
 
     def watch(self, modules: dict[str, nn.Module], ids: Tensor) -> dict[str, Tensor]:

@@ -8,7 +8,7 @@ from typing import Any, Protocol, runtime_checkable
 
 from saelab.lm.conversations import Messages
 from saelab.lm.generation import answer
-from saelab.lm.model_checks import Model
+from saelab.lm.huggingface import AnyModel, as_model
 from saelab.stores.files import find_secrets, hide_password, shareable
 
 HOPELESS = (401, 403, 404)
@@ -188,7 +188,8 @@ class LocalClient:
     4
     """
 
-    def __init__(self, model: Model, *, n_tokens: int = 256) -> None:
+    def __init__(self, model: AnyModel, *, n_tokens: int = 256) -> None:
+        model = as_model(model)
         self._model, self._n_tokens = model, n_tokens
         self._lock = threading.Lock()  # one model runs one prompt at a time
         self.name = shareable(str(model.cfg.model_name))
