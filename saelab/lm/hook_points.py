@@ -70,7 +70,7 @@ class HookPoints:
         self._begin(model, (hf_model,), HookBooks(hf_model))
         self.plain = hf_model
         with self.aside():
-            said = run(hf_model, self.probe)
+            said = _try_plain(hf_model, self.probe)
             _require_causal(hf_model, self.probe, said)
             self._last = said[:, -1]
             self.components = name_modules(hf_model)
@@ -337,6 +337,19 @@ class BridgeHookPoints(HookPoints):
         bridge: Any = self._bridge()
         has_own = bridge is not None and any(getattr(bridge, book) for book in ("_forward_hooks", "_forward_pre_hooks"))
         return WithOwnHooks(bridge) if has_own else self.trees[0], [self._own_site(name)[1] for name in names]
+
+
+def _try_plain(model: nn.Module, ids: Tensor) -> Tensor:
+    """A Hugging Face model's logits; ValueError where it cannot compute them from token ids alone."""
+    try:
+        return run(model, ids)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:
+        raise ValueError(
+            f"A model must compute logits from token ids, got a {type(model).__name__} that fails with "
+            f"{type(error).__name__}: {error}. Take a causal language model of text."
+        ) from error
 
 
 def _try_bridge(model: nn.Module, ids: Tensor) -> Tensor:

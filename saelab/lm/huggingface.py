@@ -15,7 +15,7 @@ from weakref import WeakValueDictionary
 from torch import nn
 
 from saelab.lm.model_checks import Model, admit_object, admit_tokenizer, find_limit
-from saelab.lm.module_names import text_config
+from saelab.lm.module_names import count_layers, text_config
 from saelab.lm.tokenizers import copy_tokenizer
 
 AnyModel: TypeAlias = Model | nn.Module
@@ -52,7 +52,7 @@ class HuggingFaceConfig:
         return cls(
             d_model=width,
             d_vocab=_find(text, ("vocab_size", "n_vocab")),
-            n_layers=_find(text, ("num_hidden_layers", "n_layer", "n_layers", "num_layers")),
+            n_layers=count_layers(text),
             n_heads=n_heads,
             d_head=_find_head(text, width // n_heads if n_heads else 0),
             n_ctx=find_limit(model.config),

@@ -383,7 +383,7 @@ def find_limit(config: Any) -> int:
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     if getattr(text, "alibi", False) or getattr(text, "model_type", "") in _RECURRENT:
         return sys.maxsize
-    if limits := [value for name in _LIMITS if isinstance(value := getattr(text, name, None), int)]:
+    if limits := [n for name in _LIMITS if isinstance(n := getattr(text, name, None), int) and n > 0]:
         return min(limits)
     return _guess_limit(text)
 

@@ -85,6 +85,12 @@ def text_config(model: Any) -> Any:
     return config.get_text_config() if hasattr(config, "get_text_config") else config
 
 
+def count_layers(config: Any) -> int:
+    """Number of layers by a configuration; 0 where it does not say."""
+    names = ("decoder_layers", "num_hidden_layers", "n_layer", "n_layers", "num_layers")
+    return next((n for name in names if isinstance(n := getattr(config, name, None), int)), 0)
+
+
 def name_modules(model: Any) -> dict[str, nn.Module]:
     """The modules of a Hugging Face model by TransformerLens' names of its components ("blocks.0.attn.q").
 
@@ -115,7 +121,7 @@ def _turn(table: Mapping[str, tuple[str, ...]]) -> dict[str, str]:
 
 def _find_layers(model: Any) -> tuple[nn.Module, str, nn.ModuleList]:
     """The module that holds a model's layers, the name of their list in it, and the list."""
-    n_layers = getattr(text_config(model), "num_hidden_layers", None)
+    n_layers = count_layers(text_config(model))
     get: Any = getattr(model, "get_decoder", None)
     inside = get() if get is not None else None
     for root in (inside, model):
@@ -127,8 +133,8 @@ def _find_layers(model: Any) -> tuple[nn.Module, str, nn.ModuleList]:
                         return module, name, part
             level = [part for module in level for part in module.children()]
     raise ValueError(
-        f"A model must have a list of its layers to have hook points, got a {type(model).__name__} without one of "
-        f"`num_hidden_layers` ({n_layers}). Take backend='transformer_lens', or another model."
+        f"A model must have one list of its layers ({n_layers} by its configuration) to have hook points, got a "
+        f"{type(model).__name__} without. Take backend='transformer_lens', or another model."
     )
 
 

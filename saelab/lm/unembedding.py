@@ -59,6 +59,7 @@ class Unembedding:
             )
         with home.aside():  # without the user's hooks and edits
             running, (site, _) = home.route(["ln_final.hook_out", "unembed.hook_out"])
+            _require_at_end(home, f"blocks.{model.cfg.n_layers - 1}.hook_out")
             names, is_plain = ("ln_final", "unembed"), running is home.plain
             # Twins with the same weights: hooks that others put on the model are not on them.
             norm, head = (strip(home.part(one))[0] if is_plain else home.components[one] for one in names)
@@ -129,6 +130,27 @@ def _find_factor(running: nn.Module, norm: Site, head: nn.Module, x: Float[Tenso
     if not (factor * alone - true).norm() <= _tolerance(x) * true.norm():
         return None
     return factor.round() if (factor - factor.round()).abs() < 1e-6 else factor
+
+
+def _require_at_end(home: HookPoints, last: str) -> None:
+    """Raise ValueError where the final norm reads something else than the last block hands on."""
+    if last not in home.points:
+        return
+    running, sites = home.route([last, "ln_final.hook_in"])
+    seen: list[Tensor] = []
+    with attach(sites[0], lambda x: seen.append(x.double())), attach(sites[1], lambda x: seen.append(x.double())):
+        run_as_set(running, home.probe)
+    handed, read = seen[0], seen[-1]
+    near = handed.shape == read.shape
+    if near:
+        factor = (handed * read).sum() / handed.square().sum()
+        near = bool((factor * handed - read).norm() <= _tolerance(next(running.parameters())) * read.norm())
+    if not near:
+        raise ValueError(
+            "Direct effects need a final norm that reads what the last block hands on, got a "
+            f"{type(home.trees[0]).__name__}, which computes something else before it. Use "
+            "`sl.interventions.attribute`, or steer along the direction."
+        )
 
 
 def _draw_probe(x: Tensor) -> Tensor:

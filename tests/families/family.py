@@ -68,6 +68,17 @@ class Family:
         """Behind block 1."""
         return f"{self.blocks[1]}.hook_out"
 
+    @property
+    def width(self) -> int | None:
+        """Width of what block 1 hands on, where that is one vector a token."""
+        seen: list[Tensor] = []
+        try:
+            with self.by_hand(lambda x: seen.append(x) or x):
+                self.run(self.ids)
+        except (StopIteration, KeyError):
+            return None
+        return seen[0].shape[-1] if seen and seen[0].ndim == 3 else None
+
     def run(self, ids: Tensor) -> Tensor:
         with torch.no_grad():
             return self.theirs(ids, use_cache=False).logits
@@ -143,6 +154,17 @@ class Family:
                 stack.enter_context(module.register_forward_hook(keep(name)))
             self.run(ids)
         return seen
+
+    def is_text(self, found: list[tuple[int, ...]], expected: list[tuple[int, ...]]) -> bool:
+        """Whether greedy texts are the expected ones, up to where two tokens are equally likely but for rounding."""
+        return all(self._is_one(*pair) for pair in zip(found, expected, strict=True))
+
+    def _is_one(self, found: tuple[int, ...], expected: tuple[int, ...]) -> bool:
+        at = next((i for i, pair in enumerate(zip(found, expected, strict=True)) if pair[0] != pair[1]), None)
+        if at is None:
+            return True
+        logits = self.run(torch.tensor([expected[:at]]))[0, -1]
+        return bool(logits[expected[at]] - logits[found[at]] < 1e-5 * (logits.max() - logits.min()))
 
     def write(self, prompt: str, n: int = N) -> tuple[int, ...]:
         """Greedy text of Hugging Face's forwards over the whole text, without any cache."""

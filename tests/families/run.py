@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any, get_args
 
 import torch
-from family import Family, Wrong
-from table import VARIANTS, build, list_architectures
+from family import WIDTH, Family, Wrong
+from table import VARIANTS, build, list_architectures, list_unbridged
 from uses import USES
 
 import saelab
@@ -49,6 +49,8 @@ def _use(theirs: Any, backend: str) -> dict[str, tuple[str, str]]:
             family = Family(theirs, backend)
     except Exception as error:
         return {"loading": (_tell(error), _line(error))}
+    if (width := family.width) not in (None, WIDTH):
+        return {"untested": ("untested", f"its blocks hand on vectors of width {width}, the edits have {WIDTH}")}
     found = {}
     for use, check in USES.items():
         try:
@@ -141,7 +143,7 @@ def main() -> int:
     parser.add_argument("--workers", type=int, default=2)
     options = parser.parse_args()
     _be_quiet()
-    names, begin = options.only or [*list_architectures(), *VARIANTS], time.monotonic()
+    names, begin = options.only or [*list_architectures(), *list_unbridged(), *VARIANTS], time.monotonic()
     left = {"untested": ("untested", "the run was ended before it")}
     found = dict.fromkeys(names, left)
     with get_context("fork").Pool(options.workers) as pool:
