@@ -29,6 +29,7 @@ def harvest_text(
     field: options.Name = options.FIELD,
     bos: options.Bos = True,
     device: options.Device = None,
+    backend: options.Backend = "auto",
     overwrite: Annotated[bool, Option("--overwrite", help="Delete the store in the folder and start over.")] = False,
     progress: options.Progress = True,
 ) -> None:
@@ -48,7 +49,7 @@ def harvest_text(
         raise ValueError(f"`--values` must be float16 or float32, got '{values}'.")
     with launched(None, choose_device(device)) as (ranks, place):
         with ranks.together():
-            coder, lm = open_pair(sae, model, str(place), progress and ranks.is_first)
+            coder, lm = open_pair(sae, model, str(place), progress and ranks.is_first, backend)
             length = ctx_len or (coder.provenance.ctx_len if coder.provenance else None) or options.CTX_LEN
         tokens = read_head(lm, text, n_tokens, length, bos, separator, field, ranks.mesh)
         harvest(

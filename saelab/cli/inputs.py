@@ -185,15 +185,18 @@ def _count_documents(tokens: Tokens) -> int:
     return int(tokens.doc_ids.max()) + 1
 
 
-def open_pair(sae: str, model: str, device: str | None, progress: bool) -> tuple[SAE, Model]:
+def open_pair(sae: str, model: str, device: str | None, progress: bool, backend: str = "auto") -> tuple[SAE, Model]:
     """An SAE and its model, whose weights are processed as those that the SAE was trained on were."""
     chosen = choose_device(device)
     coder = SAE.from_pretrained(sae, device=chosen)
     processing = coder.provenance.weight_processing if coder.provenance else "none"
-    return coder, load_model(model, device=chosen, weight_processing=processing, progress=progress)
+    lm = load_model(model, device=chosen, weight_processing=processing, backend=backend, progress=progress)
+    return coder, lm
 
 
-def open_several(saes: list[str], model: str, device: str | None, progress: bool) -> tuple[list[SAE | CLT], Model]:
+def open_several(
+    saes: list[str], model: str, device: str | None, progress: bool, backend: str = "auto"
+) -> tuple[list[SAE | CLT], Model]:
     """SAEs, transcoders and cross-layer transcoders of one model, and the model, whose weights are processed as those
     that they were trained on were.
 
@@ -205,7 +208,8 @@ def open_several(saes: list[str], model: str, device: str | None, progress: bool
     needed = sorted({coder.provenance.weight_processing for coder in first if coder.provenance} or {"none"})
     if len(needed) > 1:
         raise ValueError(f"SAEs of one graph must be of one processing of the model's weights, got {needed}.")
-    return coders, load_model(model, device=chosen, weight_processing=needed[0], progress=progress)
+    lm = load_model(model, device=chosen, weight_processing=needed[0], backend=backend, progress=progress)
+    return coders, lm
 
 
 def _open_coder(name: str, device: torch.device) -> SAE | CLT:
@@ -238,10 +242,16 @@ def open_dictionary(folder: Path) -> FeatureStore | SAE:
 
 
 def open_placed(
-    sae: str, model: str, hook_point: str | None, allow_mismatch: bool, device: str | None, progress: bool
+    sae: str,
+    model: str,
+    hook_point: str | None,
+    allow_mismatch: bool,
+    device: str | None,
+    progress: bool,
+    backend: str = "auto",
 ) -> tuple[SAE, Model, str]:
     """The SAE, the model, and the place of the one in the other."""
-    coder, lm = open_pair(sae, model, device, progress)
+    coder, lm = open_pair(sae, model, device, progress, backend)
     return coder, lm, match_model(coder, lm, hook_point, None, allow_mismatch).hook_point
 
 

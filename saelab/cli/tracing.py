@@ -49,6 +49,7 @@ def trace_prompt(
     allow_missing: Annotated[bool, Option("--allow-missing")] = False,
     allow_mismatch: options.AllowMismatch = False,
     device: options.Device = None,
+    backend: options.Backend = "auto",
     progress: options.Progress = True,
 ) -> None:
     """Show which tokens and features of a prompt cause its next token, as a graph of their direct effects.
@@ -66,7 +67,7 @@ def trace_prompt(
         require_page_name(page)
     if Path(prompt).is_dir():  # the last SAE, where the prompt was forgotten
         raise ValueError(f"`PROMPT` must be a text after the SAEs, got the folder '{prompt}'.")
-    coders, lm = open_several(saes, model, device, progress)
+    coders, lm = open_several(saes, model, device, progress, backend)
     graph = trace(
         lm,
         coders,

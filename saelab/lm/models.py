@@ -146,6 +146,8 @@ def _find_model(
             )
         if name == "tiny" and tokenizer is not None:
             raise ValueError("`tokenizer` must be left out for 'tiny', which has its own, got one.")
+        if name == "tiny" and backend != "huggingface":
+            return tiny_model().to(device or "cpu", dtype or torch.float32, print_details=False)
         if name == "tiny":
             made, tokenizer, name = _make_tiny()
             return _open(made.to(device or "cpu", dtype or torch.float32), tokenizer, name, backend)
