@@ -29,7 +29,7 @@ def harvest_text(
     field: options.Name = options.FIELD,
     bos: options.Bos = True,
     device: options.Device = None,
-    backend: options.Backend = "auto",
+    backend: options.BackendName = "auto",
     overwrite: Annotated[bool, Option("--overwrite", help="Delete the store in the folder and start over.")] = False,
     progress: options.Progress = True,
 ) -> None:

@@ -28,7 +28,7 @@ def read_texts(
     bos: options.Bos = True,
     allow_mismatch: options.AllowMismatch = False,
     device: options.Device = None,
-    backend: options.Backend = "auto",
+    backend: options.BackendName = "auto",
     json: options.AsJSON = False,
     progress: options.Progress = True,
 ) -> None:

@@ -61,7 +61,7 @@ def steer_prompts(
     ] = None,
     allow_mismatch: options.AllowMismatch = False,
     device: options.Device = None,
-    backend: options.Backend = "auto",
+    backend: options.BackendName = "auto",
     progress: options.Progress = True,
 ) -> None:
     """Continue prompts without steering and with steered features: texts side by side, sampled with the same seed.
@@ -144,7 +144,7 @@ def draw_curve(
     json: options.JSONFile = None,
     allow_mismatch: options.AllowMismatch = False,
     device: options.Device = None,
-    backend: options.Backend = "auto",
+    backend: options.BackendName = "auto",
     progress: options.Progress = True,
 ) -> None:
     """Measure the effect of steering on a concept, and its cost, over strengths, compared with baselines.

@@ -49,7 +49,7 @@ def trace_prompt(
     allow_missing: Annotated[bool, Option("--allow-missing")] = False,
     allow_mismatch: options.AllowMismatch = False,
     device: options.Device = None,
-    backend: options.Backend = "auto",
+    backend: options.BackendName = "auto",
     progress: options.Progress = True,
 ) -> None:
     """Show which tokens and features of a prompt cause its next token, as a graph of their direct effects.

@@ -189,7 +189,7 @@ def collect_text(
     bos: options.Bos = True,
     weight_processing: options.Name = "none",
     device: options.Device = None,
-    backend: options.Backend = "auto",
+    backend: options.BackendName = "auto",
     overwrite: Annotated[bool, Option("--overwrite", help="Delete activations in the folder and start over.")] = False,
     progress: options.Progress = True,
 ) -> None:
@@ -261,7 +261,7 @@ def evaluate_sae(
     field: options.Name = options.FIELD,
     bos: options.Bos = True,
     device: options.Device = None,
-    backend: options.Backend = "auto",
+    backend: options.BackendName = "auto",
     progress: options.Progress = True,
 ) -> None:
     """Evaluate an SAE in its language model, compared with baselines.

@@ -41,7 +41,7 @@ WORLD_MODELS = Path(__file__).parents[1] / "synthetic" / "models"
 
 
 def load_model(
-    name_or_path: str | Path | nn.Module,
+    name_or_path: str | Path | AnyModel,
     device: str | torch.device | None = None,
     dtype: torch.dtype | None = None,
     *,
