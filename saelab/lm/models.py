@@ -196,7 +196,10 @@ def _read_weights(name: str, local: bool, dtype: torch.dtype) -> Any:
 def _open_object(model: Any, tokenizer: Any, backend: str) -> Model:
     """A model object as it is, or in the backend that is asked for."""
     if isinstance(model, HuggingFaceModel):
-        return model if backend != "transformer_lens" else _open_object(model.original_model, model.tokenizer, backend)
+        if tokenizer is None and backend != "transformer_lens":
+            return model
+        chosen = "transformer_lens" if backend == "transformer_lens" else "huggingface"
+        return _open_object(model.original_model, tokenizer or model.tokenizer, chosen)
     if is_bridge(model):
         return _open_bridge(model, backend)
     admit_object(model)

@@ -254,6 +254,8 @@ def test_folders_open_alike(tmp_path: Path) -> None:
     assert isinstance(opened, HuggingFaceModel) and torch.equal(sl.lm.logits(opened, ids), sl.lm.logits(plain, ids))
     assert load_model(plain) is plain and load_model(bridge) is bridge
     assert describe_model(load_model(plain, backend="transformer_lens")).backend == "transformer_lens"
+    another: Any = load_model(plain, tokenizer=tiny_model(architecture="gpt2").tokenizer)
+    assert another.original_model is plain.original_model and another.tokenizer.bos_token == "<|endoftext|>"
     bridge.enable_compatibility_mode()
     with pytest.raises(ValueError, match="has folded"):
         load_model(bridge, backend="huggingface")
