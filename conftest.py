@@ -35,6 +35,7 @@ PLANTED = tuple(str(Path(__file__).parent / folder) + os.sep for folder in ("tes
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--seed-offset", type=int, default=0, help="Other planted worlds: moves the tests' seeds.")
+    parser.addoption("--backend", default="auto", help="What runs the tiny model: transformer_lens or huggingface.")
     parser.addoption("--one-in", type=int, default=1, help="Runs one in N tests of each file, the first among them.")
 
 
@@ -85,11 +86,11 @@ def _doctest_names(doctest_namespace: dict[str, Any]) -> None:
 
 
 @pytest.fixture(scope="session")
-def tiny() -> Any:
-    """A tiny random llama-like model: d_model 32, 3 layers, byte-level tokenizer."""
-    from saelab.lm.models import tiny_model
+def tiny(request: pytest.FixtureRequest) -> Any:
+    """A tiny random llama-like model: d_model 32, 3 layers, byte-level tokenizer; `--backend` chooses what runs it."""
+    from saelab.lm.models import load_model
 
-    return tiny_model()
+    return load_model("tiny", backend=request.config.getoption("--backend"))
 
 
 @pytest.fixture(scope="session")

@@ -21,13 +21,13 @@ import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
 
 from saelab.collecting.collection import collect
-from saelab.lm.models import load_model, tiny_model
+from saelab.lm.models import Backend, describe_model, load_model, tiny_model
 from saelab.lm.tokens import Tokens, tokenize
 from saelab.stores.shuffling import RingBuffer
 
@@ -45,13 +45,13 @@ def build(args: argparse.Namespace) -> tuple[Any, nn.Module, Tokens, str]:
     if args.model == "stories260k" and folder.is_dir():
         from transformers import AutoModelForCausalLM
 
-        model = load_model(folder, device=args.device)
+        model = load_model(folder, device=args.device, backend=args.backend)
         bare = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True).to(args.device).eval()
         text = DATA / "tinystories" / "tinystories.txt"
         return model, bare, tokenize(model, text, ctx_len=128, n_tokens=args.n_tokens or 393_216), "stories260k"
     bare = gpt2_like(args.layer + 2).to(args.device)
     tokenizer = tiny_model(architecture="gpt2").tokenizer
-    model = load_model(bare, tokenizer=tokenizer)
+    model = load_model(bare, tokenizer=tokenizer, backend=args.backend)
     text = ["Once upon a time there was a cat who could count. " * 40] * 2000
     return model, bare, tokenize(model, text, ctx_len=128, n_tokens=args.n_tokens or 16_384), "gpt2-like"
 
@@ -114,6 +114,7 @@ def collect_by_turns(args: argparse.Namespace) -> dict[str, Any]:
     collected, bare_forward = ([turn[side] for turn in turns] for side in (0, 1))
     return {
         "model": name,
+        "backend": describe_model(model).backend,
         "n_tokens": tokens.n_tokens,
         "collect_tokens_per_s": tokens.n_tokens / statistics.median(wall for wall, _ in collected),
         "forward_tokens_per_s": tokens.n_tokens / statistics.median(wall for wall, _ in bare_forward),
@@ -236,6 +237,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--d-in", type=int, default=768)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--backend", default="auto", choices=get_args(Backend))
     parser.add_argument("--json", type=Path)
     parser.add_argument("--worker", choices=["collect", "ring", "mixing"], help=argparse.SUPPRESS)
     return parser.parse_args()

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from saelab.functional.indices import FeatureIds, read_feature, read_features
 from saelab.functional.screening import largest_first
+from saelab.lm.huggingface import AnyModel, as_model
 from saelab.lm.model_checks import Model
 from saelab.lm.tokenizers import token_strings
 from saelab.lm.unembedding import Unembedding
@@ -66,7 +67,7 @@ class LogitLens(Result):
 @torch.no_grad()
 def logit_lens(
     sae: SAE,
-    model: Model,
+    model: AnyModel,
     features: FeatureIds | None = None,
     *,
     n: int = 10,
@@ -101,6 +102,7 @@ def logit_lens(
     >>> len(logit_lens(sae, model, [3], n=5)[3].promoted)
     5
     """
+    model = as_model(model)
     ranks = RankGrid.of(mesh)
     with ranks.together():
         wanted = read_features(range(sae.cfg.d_sae) if features is None else features, sae.cfg.d_sae)

@@ -14,6 +14,7 @@ from saelab.functional.codes import SparseCodes
 from saelab.interventions.attribution import Attribution
 from saelab.interventions.edited_runs import ReadActivations
 from saelab.lm.hooks import capture, logits, replace_activations
+from saelab.lm.huggingface import AnyModel, as_model
 from saelab.lm.model_checks import Model, find_context, find_row
 from saelab.lm.tokenizers import spell
 from saelab.lm.tokens import tokenize
@@ -120,7 +121,7 @@ class PromptFeatures:
 
 
 @torch.no_grad()
-def read_prompt(sae: SAE, model: Model, prompt: str, origin: Provenance, *, predict: bool = False) -> PromptFeatures:
+def read_prompt(sae: SAE, model: AnyModel, prompt: str, origin: Provenance, *, predict: bool = False) -> PromptFeatures:
     """The features that fire on each token of a prompt, in one forward pass and one encoding.
 
     The model is read at the hook point of `origin`, with its mask except for the norm rule, which is relative to a
@@ -136,6 +137,7 @@ def read_prompt(sae: SAE, model: Model, prompt: str, origin: Provenance, *, pred
     Raises:
         ValueError: the prompt is blank or longer than the model's context, or the model is not that of `origin`.
     """
+    model = as_model(model)
     match_weights(origin, model)
     tokens = tokenize(model, [prompt], ctx_len=find_row(model, prompt), packed=False, separator=None)
     if tokens.n_truncated:

@@ -16,8 +16,8 @@ from saelab.evaluation.splicing import Stage
 from saelab.functional.metrics import ReconstructionSums, exact
 from saelab.functional.statistics import similarity_ranks
 from saelab.lm.hooks import batches_of, forward_size
+from saelab.lm.huggingface import AnyModel, as_model
 from saelab.lm.masks import TokenMask
-from saelab.lm.model_checks import Model
 from saelab.lm.tokens import Tokens
 from saelab.sae.compatibility import match_model, require_threshold
 from saelab.sae.sae import SAE
@@ -87,7 +87,7 @@ class PruningCurve(Result):
 @torch.no_grad()
 def prune_dictionary(
     sae: SAE,
-    model: Model,
+    model: AnyModel,
     tokens: Tokens,
     sizes: tuple[int, ...] | None = None,
     *,
@@ -122,6 +122,7 @@ def prune_dictionary(
     Raises:
         ValueError: a size is outside 1..d_sae, there are fewer than two rows, or as in `evaluate`.
     """
+    model = as_model(model)
     require_threshold(sae)
     sizes = sizes or _default_sizes(sae)
     if len(tokens) < 2 or not all(1 <= size <= sae.cfg.d_sae for size in sizes):

@@ -17,6 +17,7 @@ from saelab.functional.codes import SparseCodes
 from saelab.lm.conversations import Conversation, Messages
 from saelab.lm.documents import Row, keep_rows
 from saelab.lm.hooks import FORWARD_TOKENS, capture, norms_of, require_finite
+from saelab.lm.huggingface import AnyModel, as_model
 from saelab.lm.masks import TokenMask
 from saelab.lm.model_checks import Model, find_context
 from saelab.lm.tokenizers import spell_rows
@@ -215,7 +216,7 @@ class TextFeatures(Result):
 @torch.no_grad()
 def read(
     sae: SAE,
-    model: Model,
+    model: AnyModel,
     texts: ReadableText | Iterable[ReadableText],
     *,
     labels: FeatureNames | None = None,
@@ -253,6 +254,7 @@ def read(
     >>> len(found), found.tokens[:4], found.l0
     (2, ('<s>', 'O', 'n', 'e'), 2.0)
     """
+    model = as_model(model)
     require_names(labels)
     require_threshold(sae)
     require_finite_weights(sae)

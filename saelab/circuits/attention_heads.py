@@ -10,6 +10,7 @@ from jaxtyping import Float
 from saelab.circuits.graph import AttributionGraph
 from saelab.circuits.linear_effects import EMBEDDING, FEATURE, LOGITS, LinearEffects, Targets, Written, read_written
 from saelab.circuits.placement import Dictionaries, Placement, find_stack, place_dictionaries
+from saelab.lm.huggingface import AnyModel, as_model
 from saelab.lm.model_checks import Model
 from saelab.stores.results import Result, format_table
 
@@ -48,7 +49,7 @@ class HeadEffects(Result):
 @torch.inference_mode(False)
 def split_by_head(
     graph: AttributionGraph,
-    model: Model,
+    model: AnyModel,
     transcoders: Dictionaries,
     node: int,
     *,
@@ -74,6 +75,7 @@ def split_by_head(
         ValueError: for a node of another kind, other dictionaries than the graph's, heads that lie behind the node or
             behind an SAE, and a model that has no hook point in front of the heads' common output map.
     """
+    model = as_model(model)
     placement = place_dictionaries(model, transcoders, allow_missing=True, allow_mismatch=allow_mismatch)
     points = tuple(one.write for one in placement.dictionaries)
     if points != graph.dictionaries:

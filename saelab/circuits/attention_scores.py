@@ -13,6 +13,7 @@ from saelab.circuits.linear_effects import BIAS, LinearEffects, allow_error, rea
 from saelab.circuits.placement import Dictionaries, find_stack, place_dictionaries
 from saelab.interventions.prompt_metrics import Prompt, read_one_text
 from saelab.lm.hook_points import hook_points_of
+from saelab.lm.huggingface import AnyModel, as_model
 from saelab.lm.model_checks import Model
 from saelab.stores.results import format_table
 
@@ -112,7 +113,7 @@ class AttentionScore(NodeTable):
 
 @torch.inference_mode(False)  # gradients are needed wherever it is called
 def attention_score(
-    model: Model,
+    model: AnyModel,
     transcoders: Dictionaries,
     prompt: Prompt,
     *,
@@ -158,6 +159,7 @@ def attention_score(
     >>> abs(float(found.pairs.sum()) - found.score) < 1e-4
     True
     """
+    model = as_model(model)
     if not isinstance(head, Sequence) or len(head) != 2:
         raise ValueError(f"`head` must be (layer, head), got {head!r}.")
     target = ScoreTarget(*head, key=key, query=query, against=against)

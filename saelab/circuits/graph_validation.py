@@ -17,6 +17,7 @@ from saelab.functional.indices import permute_within
 from saelab.functional.statistics import correlation, rank_correlation
 from saelab.interventions.edited_runs import EditedRuns, EditRuns
 from saelab.interventions.prompt_metrics import Texts, read_last
+from saelab.lm.huggingface import AnyModel, as_model
 from saelab.lm.model_checks import Model, find_known_ids
 from saelab.lm.unwrapped import Tap
 from saelab.stores.results import Result, format_table
@@ -110,7 +111,7 @@ class GraphValidation(Result):
 
 def validate(
     graph: AttributionGraph,
-    model: Model,
+    model: AnyModel,
     transcoders: Dictionaries,
     *,
     target: int | None = None,
@@ -148,6 +149,7 @@ def validate(
         ValueError: a target that is no logit, a graph without features, other dictionaries than the graph's, and
             features that do not fire on the prompt as the graph says.
     """
+    model = as_model(model)
     target = int(np.argmax(graph.start)) if target is None else target
     if not 0 <= target < len(graph) or not graph.is_kind("logit")[target]:
         raise ValueError(f"`target` must be the node of a logit to be validated, got {target}.")

@@ -13,6 +13,7 @@ from saelab.circuits.frozen_model import FrozenModel
 from saelab.circuits.placement import find_mlp, find_stack
 from saelab.lm.freezing import ScoreWatch
 from saelab.lm.hook_points import hook_points_of
+from saelab.lm.huggingface import AnyModel, as_model
 from saelab.lm.model_checks import Model
 from saelab.lm.unwrapped import Tap
 from saelab.stores.results import Result, format_table
@@ -70,7 +71,7 @@ class HeadOverlap(Result):
 
 @torch.inference_mode(False)  # gradients are needed wherever it is called
 def head_overlap(
-    model: Model, *, reads: Read = "key", rank: int | None = None, n_null: int = 1000, seed: int = 0
+    model: AnyModel, *, reads: Read = "key", rank: int | None = None, n_null: int = 1000, seed: int = 0
 ) -> HeadOverlap:
     """For each pair of heads of different layers, how much of what the earlier one writes lies where the later reads.
 
@@ -97,6 +98,7 @@ def head_overlap(
     >>> found.overlap.shape, found.chance
     ((2, 4, 2, 4), 0.25)
     """
+    model = as_model(model)
     if reads not in ("query", "key", "value"):
         raise ValueError(f"`reads` must be 'query', 'key' or 'value', got {reads!r}.")
     if n_null < 20:

@@ -254,7 +254,7 @@ def _find_neurons(model: Model, name: str, place: BlockPlace) -> tuple[str, str]
             f"An SAE of an MLP's output needs an MLP of one layer of neurons, whose gates can be frozen, got '{name}'. "
             "Train a transcoder from the MLP's input to its output."
         )
-    if not any(points[name] is points.get(one) for one in behind):
+    if not any(points[name] == points.get(one) for one in behind):
         raise ValueError(f"An SAE of an MLP must be one of its output ('{block}.hook_mlp_out'), got '{name}'.")
     return pair
 
@@ -266,7 +266,7 @@ def _has_model_width(name: str, place: BlockPlace) -> bool:
 
 def _locate(model: Model, name: str) -> BlockPlace:
     """Block and part of a hook point, by its own name or by that of the module that it is."""
-    for known in (name, str(hook_points_of(model).find(name).name)):
+    for known in (name, hook_points_of(model).find(name)):
         if match := _BLOCK.fullmatch(known):
             rest = match["rest"]
             for start, part in _STARTS.items():

@@ -25,6 +25,7 @@ from saelab.circuits.linear_effects import (
 )
 from saelab.circuits.placement import Dictionaries, place_dictionaries
 from saelab.interventions.prompt_metrics import Prompt, Texts, find_token, read_one_text
+from saelab.lm.huggingface import AnyModel, as_model
 from saelab.lm.model_checks import Model
 from saelab.lm.models import describe_model
 from saelab.lm.tokenizers import token_strings
@@ -39,7 +40,7 @@ TraceTargets: TypeAlias = Literal["top"] | str | int | Sequence[str | int] | Fea
 
 @torch.inference_mode(False)  # gradients are needed wherever it is called
 def trace(
-    model: Model,
+    model: AnyModel,
     transcoders: Dictionaries,
     prompt: Prompt,
     *,
@@ -90,6 +91,7 @@ def trace(
     >>> int(graph.is_kind("feature").sum()), graph.completeness_error < 1e-4
     (24, True)
     """
+    model = as_model(model)
     for name, value in (("batch_size", batch_size), ("max_features", max_features)):
         if value is not None and value < 1:
             raise ValueError(f"`{name}` must be at least 1, got {value}.")

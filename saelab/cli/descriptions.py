@@ -174,6 +174,7 @@ def _origin_rows(origin: dict[str, Any], hook_point: bool = True) -> TableRows:
     rows = [
         ("model", f"{come.model} (weight processing: {come.weight_processing})"),
         ("hook point", " to ".join(filter(None, (come.hook_point, come.hook_point_out)))),
+        *([("back end", come.backend)] if come.backend else []),
     ]
     if come.n_tokens:  # of somebody else's SAE no more is known
         parts = f"rows of {come.ctx_len}" if come.pooling is None else f"pooling: {come.pooling}"

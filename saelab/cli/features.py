@@ -36,6 +36,7 @@ def harvest_text(
     field: options.Name = options.FIELD,
     bos: options.Bos = True,
     device: options.Device = None,
+    backend: options.BackendName = "auto",
     overwrite: Annotated[bool, Option("--overwrite", help="Delete the store in the folder and start over.")] = False,
     progress: options.Progress = True,
 ) -> None:
@@ -68,7 +69,7 @@ def harvest_text(
                 coder = SAE.from_pretrained(sae, device=place)
                 rows = Activations.load(model, coder.provenance.hook_point if coder.provenance else None)
             else:
-                coder, lm = open_pair(sae, model, str(place), progress and ranks.is_first)
+                coder, lm = open_pair(sae, model, str(place), progress and ranks.is_first, backend)
         if lm is not None and text is not None:
             length = ctx_len or (coder.provenance.ctx_len if coder.provenance else None) or options.CTX_LEN
             rows = read_head(lm, text, n_tokens, length, bos, separator, field, ranks.mesh)

@@ -19,8 +19,9 @@ from saelab.cli import options
 from saelab.cli.terminal import echo
 from saelab.collecting.harvesting import harvest_untrained
 from saelab.lm.documents import Row, read_rows
+from saelab.lm.loading_guards import offline
 from saelab.lm.model_checks import Model, find_context
-from saelab.lm.models import load_model, offline
+from saelab.lm.models import load_model
 from saelab.lm.tokens import Tokens, tokenize
 from saelab.sae.clt import CLT
 from saelab.sae.compatibility import match_model
@@ -189,15 +190,18 @@ def _count_documents(tokens: Tokens) -> int:
     return int(tokens.doc_ids.max()) + 1
 
 
-def open_pair(sae: str, model: str, device: str | None, progress: bool) -> tuple[SAE, Model]:
+def open_pair(sae: str, model: str, device: str | None, progress: bool, backend: str = "auto") -> tuple[SAE, Model]:
     """An SAE and its model, whose weights are processed as those that the SAE was trained on were."""
     chosen = choose_device(device)
     coder = SAE.from_pretrained(sae, device=chosen)
     processing = coder.provenance.weight_processing if coder.provenance else "none"
-    return coder, load_model(model, device=chosen, weight_processing=processing, progress=progress)
+    lm = load_model(model, device=chosen, weight_processing=processing, backend=backend, progress=progress)
+    return coder, lm
 
 
-def open_several(saes: list[str], model: str, device: str | None, progress: bool) -> tuple[list[SAE | CLT], Model]:
+def open_several(
+    saes: list[str], model: str, device: str | None, progress: bool, backend: str = "auto"
+) -> tuple[list[SAE | CLT], Model]:
     """SAEs, transcoders and cross-layer transcoders of one model, and the model, whose weights are processed as those
     that they were trained on were.
 
@@ -209,7 +213,8 @@ def open_several(saes: list[str], model: str, device: str | None, progress: bool
     needed = sorted({one.weight_processing for each in origins for one in each if one} or {"none"})
     if len(needed) > 1:
         raise ValueError(f"SAEs of one graph must be of one processing of the model's weights, got {needed}.")
-    return coders, load_model(model, device=chosen, weight_processing=needed[0], progress=progress)
+    lm = load_model(model, device=chosen, weight_processing=needed[0], backend=backend, progress=progress)
+    return coders, lm
 
 
 def _open_coder(name: str, device: torch.device) -> SAE | CLT:
@@ -248,10 +253,16 @@ def open_dictionary(folder: Path) -> FeatureStore | SAE:
 
 
 def open_placed(
-    sae: str, model: str, hook_point: str | None, allow_mismatch: bool, device: str | None, progress: bool
+    sae: str,
+    model: str,
+    hook_point: str | None,
+    allow_mismatch: bool,
+    device: str | None,
+    progress: bool,
+    backend: str = "auto",
 ) -> tuple[SAE, Model, str]:
     """The SAE, the model, and the place of the one in the other."""
-    coder, lm = open_pair(sae, model, device, progress)
+    coder, lm = open_pair(sae, model, device, progress, backend)
     return coder, lm, match_model(coder, lm, hook_point, None, allow_mismatch).hook_point
 
 

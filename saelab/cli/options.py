@@ -111,6 +111,13 @@ Device = Annotated[
         help="Where to compute, such as cpu, cuda or mps.", metavar="NAME", show_default="an accelerator if present"
     ),
 ]
+BackendName = Annotated[
+    str,
+    Option(
+        help="What runs the model: transformer_lens, huggingface for Hugging Face's own modules, or auto.",
+        metavar="NAME",
+    ),
+]
 Prefixes = Annotated[
     str | None,
     Option(

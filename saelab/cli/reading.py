@@ -28,6 +28,7 @@ def read_texts(
     bos: options.Bos = True,
     allow_mismatch: options.AllowMismatch = False,
     device: options.Device = None,
+    backend: options.BackendName = "auto",
     json: options.AsJSON = False,
     progress: options.Progress = True,
 ) -> None:
@@ -44,7 +45,7 @@ def read_texts(
     from saelab.stores.feature_store import FeatureStore
     from saelab.stores.files import to_json
 
-    coder, lm = open_pair(sae, model, device, progress)
+    coder, lm = open_pair(sae, model, device, progress, backend)
     texts = as_messages(text) if chat else list(text)
     with ExitStack() as stack:
         names = None

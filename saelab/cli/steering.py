@@ -70,6 +70,7 @@ def steer_prompts(
     ] = None,
     allow_mismatch: options.AllowMismatch = False,
     device: options.Device = None,
+    backend: options.BackendName = "auto",
     progress: options.Progress = True,
 ) -> None:
     """Continue prompts without steering and with steered features: texts side by side, sampled with the same seed.
@@ -87,7 +88,7 @@ def steer_prompts(
     strengths = strength or [1.0]
     if len(strengths) not in (1, len(feature)):
         raise ValueError(f"Give one `--strength`, or one for each feature, got {len(strengths)} for {len(feature)}.")
-    coder, lm, place = open_placed(sae, model, hook_point, allow_mismatch, device, progress)
+    coder, lm, place = open_placed(sae, model, hook_point, allow_mismatch, device, progress, backend)
     moved = dict(zip(feature, strengths * (len(feature) if len(strengths) == 1 else 1), strict=True))
     peaks = FeatureStore.load(store) if store is not None else None
     how: dict[str, Any] = {"mode": mode, "where": where, "unit": unit, "store": peaks}
@@ -170,6 +171,7 @@ def draw_curve(
     json: options.JSONFile = None,
     allow_mismatch: options.AllowMismatch = False,
     device: options.Device = None,
+    backend: options.BackendName = "auto",
     progress: options.Progress = True,
 ) -> None:
     """Measure the effect of steering on a concept, and its cost, over strengths, compared with baselines.
@@ -186,7 +188,7 @@ def draw_curve(
     from saelab.stores.files import write_atomic
     from saelab.visualization.intervention_plots import show_curve
 
-    coder, lm, place = open_placed(sae, model, hook_point, allow_mismatch, device, progress)
+    coder, lm, place = open_placed(sae, model, hook_point, allow_mismatch, device, progress, backend)
     opened = FeatureStore.load(store) if store is not None else None
     concepts = [read_concept(lm, words, first_token) for words in (concept, *other)]
     openings = prompt or list(OPENINGS)

@@ -53,6 +53,7 @@ def trace_prompt(
     allow_missing: Annotated[bool, Option("--allow-missing")] = False,
     allow_mismatch: options.AllowMismatch = False,
     device: options.Device = None,
+    backend: options.BackendName = "auto",
     progress: options.Progress = True,
 ) -> None:
     """Show which tokens and features of a prompt cause its next token, as a graph of their direct effects.
@@ -74,7 +75,7 @@ def trace_prompt(
             f"`PROMPT` must be a text after the SAEs, got '{prompt}', which is the name of a file or an SAE. Put the "
             "prompt behind it; if it is the prompt, begin it with a space."
         )
-    coders, lm = open_several(saes, model, device, progress)
+    coders, lm = open_several(saes, model, device, progress, backend)
     graph = trace(
         lm,
         coders,

@@ -189,6 +189,7 @@ def collect_text(
     bos: options.Bos = True,
     weight_processing: options.Name = "none",
     device: options.Device = None,
+    backend: options.BackendName = "auto",
     overwrite: Annotated[bool, Option("--overwrite", help="Delete activations in the folder and start over.")] = False,
     progress: options.Progress = True,
 ) -> None:
@@ -213,7 +214,7 @@ def collect_text(
     with launched(None, choose_device(device)) as (ranks, place):
         shown = progress and ranks.is_first
         with ranks.together():
-            lm = load_model(model, device=place, weight_processing=weight_processing, progress=shown)
+            lm = load_model(model, device=place, weight_processing=weight_processing, backend=backend, progress=shown)
         tokens = read_head(lm, text, n_tokens, ctx_len, bos, separator, field, ranks.mesh)
         if n_tokens is not None and tokens.n_tokens < n_tokens:
             echo(f"note: the text holds {tokens.n_tokens:,} tokens, fewer than --n-tokens {n_tokens:,}.", err=True)
@@ -260,6 +261,7 @@ def evaluate_sae(
     field: options.Name = options.FIELD,
     bos: options.Bos = True,
     device: options.Device = None,
+    backend: options.BackendName = "auto",
     progress: options.Progress = True,
 ) -> None:
     """Evaluate an SAE in its language model, compared with baselines.
@@ -276,7 +278,7 @@ def evaluate_sae(
         raise ValueError(
             f"`--no-baselines` must stand without `--baselines`, got '{baselines}'. Leave one of them out."
         )
-    coder, lm = open_pair(sae, model, device, progress)
+    coder, lm = open_pair(sae, model, device, progress, backend)
     origin = coder.provenance
     length = ctx_len or (origin.ctx_len if origin else None) or options.CTX_LEN
     if from_start:

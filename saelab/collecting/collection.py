@@ -23,8 +23,8 @@ from saelab.collecting.reading_rounds import Forwards, Rows, StreamPlan, connect
 from saelab.collecting.shared import SharedFolder, claim_together
 from saelab.collecting.writers import FolderWriter, MemoryWriter, RowBuffer, RowWriter, load_all
 from saelab.lm.hooks import forward_size
+from saelab.lm.huggingface import AnyModel, as_model
 from saelab.lm.masks import TokenMask
-from saelab.lm.model_checks import Model
 from saelab.lm.tokens import Tokens
 from saelab.stores.activations import Activations
 from saelab.stores.jobs import hidden
@@ -37,7 +37,7 @@ BUFFER_TOKENS = 1 << 16
 
 
 def collect(
-    model: Model,
+    model: AnyModel,
     tokens: Tokens,
     hook_points: str | Sequence[str],
     out: str | Path | None = None,
@@ -84,6 +84,7 @@ def collect(
     >>> acts.d_in
     32
     """
+    model = as_model(model)
     ranks = RankGrid.of(mesh)
     with ranks.together():
         names = [hook_points] if isinstance(hook_points, str) else list(hook_points)
@@ -331,7 +332,7 @@ class ActivationStream:
 
 
 def stream(
-    model: Model | None,
+    model: AnyModel | None,
     tokens: Tokens | None,
     hook_point: str | tuple[str, str] | Sequence[tuple[str, str]],
     *,
@@ -378,6 +379,7 @@ def stream(
     >>> next(batches).shape
     torch.Size([32, 32])
     """
+    model = model if model is None else as_model(model)
     links = None if mesh is None else connect(mesh)
     ranks = RankGrid.of(mesh) if mesh is not None and links is None else ALONE
     everyone = ranks if links is None else links.everyone

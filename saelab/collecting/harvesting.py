@@ -30,6 +30,7 @@ from saelab.collecting.shared import SharedFolder, claim_together
 from saelab.collecting.writers import ShardWriter, read_rows
 from saelab.functional.codes import SparseCodes
 from saelab.lm.hooks import FORWARD_TOKENS, forward_size
+from saelab.lm.huggingface import AnyModel, as_model
 from saelab.lm.masks import TokenMask
 from saelab.lm.model_checks import Model
 from saelab.lm.tokens import Tokens
@@ -55,7 +56,7 @@ EVERYTHING = TokenMask(special=False)
 @torch.no_grad()
 def harvest(
     saes: SAE | Mapping[str, SAE],
-    model: "Model | None",
+    model: AnyModel | None,
     tokens: Tokens | Activations,
     out: str | Path,
     *,
@@ -108,6 +109,7 @@ def harvest(
     >>> harvest(sae, model, tokens, tempfile.mkdtemp(), hook_point="blocks.1.hook_out", progress=False).l0
     4.0
     """
+    model = model if model is None else as_model(model)
     ranks = RankGrid.of(mesh)
     named = {"": saes} if isinstance(saes, SAE) else dict(saes)
     with ranks.together():
@@ -422,7 +424,7 @@ def _read_codes(shard: TensorFile, start: int, stop: int) -> dict[str, np.ndarra
 def harvest_untrained(
     store: FeatureStore,
     sae: SAE,
-    model: Model | Activations,
+    model: AnyModel | Activations,
     out: str | Path,
     *,
     seed: int = 0,
@@ -457,6 +459,7 @@ def harvest_untrained(
             rows (a row that lacks a token before its last one).
         RuntimeError: where another process failed.
     """
+    model = as_model(model)
     ranks = RankGrid.of(mesh)
     with ranks.together():
         require_harvested(store, sae)

@@ -21,6 +21,7 @@ from saelab.functional.autocast import autocast_dtype, computing_in
 from saelab.functional.indices import PART
 from saelab.lm.concurrent import Capture, make_captures, map_in_order
 from saelab.lm.hooks import capture, find_hook_point, find_median_norms, norms_of, require_finite
+from saelab.lm.huggingface import AnyModel, as_model
 from saelab.lm.masks import TokenMask
 from saelab.lm.model_checks import Model, sketch_weights
 from saelab.lm.models import describe_model
@@ -68,7 +69,7 @@ class ActivationReader:
 
     @classmethod
     def make(
-        cls, model: Model, tokens: Tokens, hook_points: Sequence[str], mask: TokenMask, dtype: torch.dtype | None
+        cls, model: AnyModel, tokens: Tokens, hook_points: Sequence[str], mask: TokenMask, dtype: torch.dtype | None
     ) -> "ActivationReader":
         """A reader of activations at the named hook points, after checking all arguments; under the `torch.autocast`
         that is in force now.
@@ -84,6 +85,7 @@ class ActivationReader:
             ValueError: for an unknown or repeated hook point, a dtype that is not floating point, and a mask that keeps
                 nothing.
         """
+        model = as_model(model)
         names = tuple(find_hook_point(model, name) for name in hook_points)
         if not names or len(set(names)) < len(names):
             raise ValueError(f"`hook_points` must be at least one and all different, got {list(names)}.")
@@ -199,6 +201,7 @@ class ActivationReader:
             removed=removed,
             model_sketch=sketch_weights(self.model),
             autocast=None if self.autocast is None else dtype_name(self.autocast),
+            backend=model.backend,
         )
 
     def _capture(self, batch: Tokens) -> dict[str, Tensor]:

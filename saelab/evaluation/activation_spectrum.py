@@ -15,8 +15,8 @@ from saelab.evaluation.splicing import Stage
 from saelab.functional.metrics import effective_rank, exact
 from saelab.lm.hook_points import hook_points_of
 from saelab.lm.hooks import batches_of, forward_size
+from saelab.lm.huggingface import AnyModel, as_model
 from saelab.lm.masks import TokenMask
-from saelab.lm.model_checks import Model
 from saelab.lm.tokens import Tokens
 from saelab.sae.compatibility import mask_of, match_weights
 from saelab.sae.fitting import require_varied
@@ -106,7 +106,7 @@ class Spectrum(Result):
 @torch.no_grad()
 def spectrum(
     acts: Activations | Float[Tensor, "n_tokens d_in"],
-    model: Model | None = None,
+    model: AnyModel | None = None,
     tokens: Tokens | None = None,
     *,
     hook_point: str | None = None,
@@ -142,6 +142,7 @@ def spectrum(
     >>> found.components_frac, round(found.effective_rank, 1)
     (0.5, 4.0)
     """
+    model = model if model is None else as_model(model)
     acts = Activations.from_tensor(acts) if isinstance(acts, Tensor) else acts
     ranks = ranks if ranks is not None else (0, *sorted({max(1, round(part * acts.d_in)) for part in SHARES}))
     if not 0 < share <= 1 or not all(0 <= rank <= acts.d_in for rank in ranks) or len(acts) < 2:

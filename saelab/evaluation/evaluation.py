@@ -18,8 +18,8 @@ from saelab.evaluation.splicing import Stage
 from saelab.functional.metrics import FiringSums, exact, log_histogram, ratio, read_scores, token_terms
 from saelab.functional.statistics import DocumentSums, find_interval
 from saelab.lm.hooks import batches_of, forward_size
+from saelab.lm.huggingface import AnyModel, as_model
 from saelab.lm.masks import TokenMask
-from saelab.lm.model_checks import Model
 from saelab.lm.models import describe_model
 from saelab.lm.tokens import Tokens
 from saelab.sae.activation_functions import AbsTopK, TopK
@@ -352,7 +352,7 @@ def _watched(tokens: Tokens, n_seq: int, what: str, progress: bool) -> Iterator[
 @torch.no_grad()
 def evaluate(
     sae: SAE,
-    model: Model,
+    model: AnyModel,
     tokens: Tokens,
     *,
     hook_point: str | tuple[str, str] | None = None,
@@ -394,6 +394,7 @@ def evaluate(
     >>> evaluate(sae, model, tokens, hook_point="blocks.1.hook_resid_post", progress=False).n_documents
     8
     """
+    model = as_model(model)
     place = match_model(sae, model, hook_point, mask, allow_mismatch)
     stage = Stage.at(model, sae, place)
     given = {} if isinstance(baselines, bool) else baselines

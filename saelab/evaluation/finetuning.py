@@ -10,8 +10,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from saelab.evaluation.splicing import Stage
+from saelab.lm.huggingface import AnyModel, as_model
 from saelab.lm.masks import TokenMask
-from saelab.lm.model_checks import Model
 from saelab.lm.tokens import Tokens
 from saelab.sae.compatibility import match_model, require_threshold
 from saelab.sae.fitting import describe_training, finish, open_run
@@ -30,7 +30,7 @@ MEASURED_TOKENS = 16_384  # on which the SAE is measured afterward
 
 def finetune(
     sae: SAE,
-    model: Model,
+    model: AnyModel,
     tokens: Tokens,
     cfg: TrainConfig | None = None,
     *,
@@ -72,6 +72,7 @@ def finetune(
             term that compares neighboring tokens, a normalizer with per-token statistics, and a batch size that is no
             multiple of `ctx_len`.
     """
+    model = as_model(model)
     cfg = cfg or TrainConfig(n_tokens=1_000_000)
     _check(sae, tokens, cfg, kl_coefficient)
     require_threshold(sae)

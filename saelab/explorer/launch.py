@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from saelab.evaluation.results import ConceptScores, Evaluation
 from saelab.explorer.security import LIMITS, ExplorerLimits, is_loopback, make_token
-from saelab.lm.model_checks import Model
+from saelab.lm.huggingface import AnyModel
 from saelab.sae.sae import SAE
 from saelab.stores.feature_store import FeatureStore
 from saelab.visualization.html import escape
@@ -178,7 +178,7 @@ def _bind(host: str, port: int) -> socket.socket:
 
 def explore(
     store: FeatureStore | str | Path,
-    model: Model | str | None = None,
+    model: AnyModel | str | None = None,
     sae: SAE | str | Path | None = None,
     *,
     compare: FeatureStore | str | Path | None = None,

@@ -17,6 +17,7 @@ from saelab.interventions.steering_hooks import steer_all, steer_randomly
 from saelab.lm.generation import SamplingConfig, TokenStream, stream_tokens
 from saelab.lm.hook_points import hook_points_of
 from saelab.lm.hooks import TokenTracker
+from saelab.lm.huggingface import AnyModel, as_model
 from saelab.lm.model_checks import Model
 from saelab.sae.sae import SAE
 from saelab.steering.text_comparison import UNSTEERED, SteeredTexts, TextRow, score_texts
@@ -117,7 +118,7 @@ class _Text:
 
 
 def steer_live(
-    model: Model,
+    model: AnyModel,
     interventions: list[Intervention],
     setup: SteeringSetup,
     lock: AbstractContextManager[Any] | None = None,
@@ -136,6 +137,7 @@ def steer_live(
     Raises:
         ValueError: before the first turn, as `stream_tokens` and `steer`.
     """
+    model = as_model(model)
     lock = lock or nullcontext()
     ways: dict[str, Callable[..., AbstractContextManager[Any]]] = {
         UNSTEERED: _leave,

@@ -9,7 +9,7 @@ from saelab.explorer.live_steering import require_prompt
 from saelab.explorer.security import LIMITS, ExplorerLimits
 from saelab.interventions.attribution import Attribution, attribute
 from saelab.interventions.prompt_metrics import find_token
-from saelab.lm.model_checks import Model
+from saelab.lm.huggingface import AnyModel, as_model
 from saelab.lm.tokenizers import token_strings
 from saelab.sae.sae import SAE
 from saelab.stores.feature_store import FeatureStore
@@ -47,7 +47,7 @@ class PromptQuery:
 
 
 def describe_prompt(
-    sae: SAE, model: Model, store: FeatureStore, query: PromptQuery, names: NameFeatures
+    sae: SAE, model: AnyModel, store: FeatureStore, query: PromptQuery, names: NameFeatures
 ) -> dict[str, Any]:
     """The answer to a query, ready for JSON, from one forward pass and one encoding of each prompt.
 
@@ -64,6 +64,7 @@ def describe_prompt(
     Raises:
         ValueError: for a prompt beyond the model's context, and a target that is no token.
     """
+    model = as_model(model)
     found = read_prompt(sae, model, query.text, store.provenance, predict=True)
     assert found.predicts is not None
     probabilities = found.predicts.softmax(0)

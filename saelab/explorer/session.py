@@ -14,6 +14,8 @@ from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, TypeAlias, TypeVar, cast, get_args
 
+from torch import nn
+
 from saelab.collecting.harvesting import require_harvested
 from saelab.evaluation.results import ConceptScores, Evaluation
 from saelab.explorer.catalog import FeatureCatalog
@@ -21,8 +23,10 @@ from saelab.labels.annotations import Annotations
 from saelab.labels.label import BOTH, ME, Format, Label, join_texts
 from saelab.labels.label_store import LabelStore
 from saelab.lm.hook_points import hook_points_of, share_weights
+from saelab.lm.huggingface import AnyModel
+from saelab.lm.loading_guards import offline
 from saelab.lm.model_checks import Model
-from saelab.lm.models import load_model, offline
+from saelab.lm.models import load_model
 from saelab.lm.unembedding import Unembedding
 from saelab.sae.compatibility import match_places, match_weights
 from saelab.sae.sae import SAE
@@ -37,7 +41,7 @@ if TYPE_CHECKING:  # what only some explorers show is imported with it, for the 
     from saelab.visualization.universality_plots import Matched
 
 T = TypeVar("T")
-ModelSource: TypeAlias = "Model | str | Path | Callable[[], Model] | None"
+ModelSource: TypeAlias = "AnyModel | str | Path | Callable[[], Model] | None"
 """a model, its name or folder, or a function that loads it"""
 
 
@@ -194,7 +198,7 @@ class Explorer:
     def _start(self, model: ModelSource, comparison: "Comparison | None") -> None:
         recorded = self.store.find_recorded(self.store.provenance.model)
         source = recorded if model is None and Path(recorded).is_dir() else model
-        if isinstance(source, Model):
+        if isinstance(source, nn.Module | Model):
             self._admit(share_weights(source))  # hooks of this explorer's threads are not felt where it is used
         elif source is not None:
             self.model_state = "loading"

@@ -21,6 +21,7 @@ from saelab.explorer.live_steering import SteeringSetup, steer_live
 from saelab.explorer.prompt_features import PromptQuery, describe_prompt
 from saelab.explorer.session import Explorer
 from saelab.functional.indices import read_feature
+from saelab.lm.huggingface import AnyModel, as_model
 from saelab.lm.model_checks import Model
 from saelab.sae.sae import SAE
 from saelab.stores.feature_store import FeatureStore
@@ -54,7 +55,7 @@ def feature_widget(store: ExplorerSource, feature: int, sae: SAE | str | Path | 
     return _make("feature", asked, explorer, {"feature": asked})
 
 
-def prompt_widget(store: ExplorerSource, model: Model, text: str = "", sae: SAE | str | Path | None = None) -> Any:
+def prompt_widget(store: ExplorerSource, model: AnyModel, text: str = "", sae: SAE | str | Path | None = None) -> Any:
     """The prompt view as a widget: features of every token of a text that is typed, tokens of every feature.
 
     Args:
@@ -67,6 +68,7 @@ def prompt_widget(store: ExplorerSource, model: Model, text: str = "", sae: SAE 
         ValueError: SAE or model are missing, or not those of the store.
         ImportError: anywidget is not installed.
     """
+    model = as_model(model)
     explorer = _open(store, model, sae)
     explorer.require_model()
     first = {"prompt": {"query": {"text": text, "rank": "activation", "k": K}}}
@@ -75,7 +77,7 @@ def prompt_widget(store: ExplorerSource, model: Model, text: str = "", sae: SAE 
 
 def steering_widget(
     store: ExplorerSource,
-    model: Model,
+    model: AnyModel,
     setup: SteeringSetup | None = None,
     sae: SAE | str | Path | None = None,
     *,
@@ -94,6 +96,7 @@ def steering_widget(
         ValueError: SAE or model are missing, or not those of the store; or there is no set-up to write.
         ImportError: anywidget is not installed.
     """
+    model = as_model(model)
     if write and setup is None:
         raise ValueError("`write` needs a `setup`, got none. Give features to move and a prompt.")
     explorer = _open(store, model, sae)

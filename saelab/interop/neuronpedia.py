@@ -23,7 +23,7 @@ from saelab.interop.dashboards import Dashboards
 from saelab.interop.delphi import N_SPLITS, write_delphi
 from saelab.labels.label import ENDS, FIRST_USER, Label, LabelEntry, explain, name_source
 from saelab.labels.label_store import LabelStore
-from saelab.lm.model_checks import Model
+from saelab.lm.huggingface import AnyModel, as_model
 from saelab.sae.sae import SAE
 from saelab.stores.feature_store import FeatureStore
 from saelab.stores.files import as_file_name, replace_folder, to_json, write_atomic, write_json
@@ -340,7 +340,7 @@ def export_store(
     format: StoreFormat,
     *,
     sae: SAE | None = None,
-    model: "Model | None" = None,
+    model: AnyModel | None = None,
     features: FeatureIds | None = None,
     source_set: str = "saelab",
     creator: str = "",
@@ -380,7 +380,7 @@ def export_store(
     fires = store.statistics.fires.sum(1) > 0
     wanted = read_features(fires.nonzero()[0] if features is None else features, store.d_sae)
     source = NeuronpediaSource.of(store, source_set, about.model_id)
-    boards = Dashboards.open(store, sae, model)
+    boards = Dashboards.open(store, sae, None if model is None else as_model(model))
     records = BulkImport(boards, source, replace(about, creator=creator or about.creator))
     made = _show_progress(boards.make(wanted), len(wanted), progress)
     if format == "neuronpedia":

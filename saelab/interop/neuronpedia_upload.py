@@ -26,6 +26,7 @@ from saelab.functional.indices import FeatureIds, read_features
 from saelab.interop.dashboards import Dashboards
 from saelab.interop.neuronpedia import DEFAULTS, NeuronpediaSource, Publication, explained_labels
 from saelab.labels.label import MARKS
+from saelab.lm.huggingface import AnyModel, as_model
 from saelab.lm.model_checks import Model
 from saelab.sae.sae import SAE
 from saelab.stores.feature_store import FeatureStore
@@ -247,7 +248,7 @@ def upload(
     *,
     key: str | None = None,
     sae: SAE | None = None,
-    model: "Model | None" = None,
+    model: AnyModel | None = None,
     features: FeatureIds | None = None,
     source_set: str = "saelab",
     about: Publication = DEFAULTS,
@@ -281,6 +282,7 @@ def upload(
         ValueError: there is no key, a feature never fires, or a name is none that Neuronpedia takes.
         RuntimeError: the server refuses a request, with its reason.
     """
+    model = model if model is None else as_model(model)
     source = NeuronpediaSource.of(store, source_set, about.model_id)
     source = replace(source, model=source.model.lower())
     server = Server(url, _find_key(key, dry_run))

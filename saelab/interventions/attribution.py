@@ -21,7 +21,7 @@ from saelab.interventions.edited_runs import EditedRuns
 from saelab.interventions.interventions import TokenSelection
 from saelab.interventions.prompt_metrics import Metric, Prompt, Texts, make_prompt_metric, read_one_text
 from saelab.lm.hooks import capture
-from saelab.lm.model_checks import Model
+from saelab.lm.huggingface import AnyModel, as_model
 from saelab.lm.relevance import RelevanceMethod, require_rules
 from saelab.sae.sae import SAE
 from saelab.stores.feature_store import FeatureStore
@@ -232,7 +232,7 @@ def _largest(values: Float[np.ndarray, "n"], n: int = N_SHOWN) -> Int[np.ndarray
 
 
 def attribute(
-    model: Model,
+    model: AnyModel,
     sae: SAE,
     prompt: Prompt,
     metric: Metric,
@@ -301,6 +301,7 @@ def attribute(
     >>> found.effects.shape, found.errors.shape
     ((20,), (6,))
     """
+    model = as_model(model)
     _require(method, baseline, n_steps, sae)
     texts, outcome = read_one_text(model, prompt), make_prompt_metric(model, metric)
     runs = EditedRuns(model, texts, outcome)

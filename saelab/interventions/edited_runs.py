@@ -259,7 +259,7 @@ def find_layers_below(model: Model, hook_point: str) -> LayersBelow | None:
     [1, 2]
     """
     home = hook_points_of(model)
-    if home.plain is None or home.n_spliced or home.route([hook_point])[0] is not home.plain:
+    if home.plain is None or not home.is_bare or home.route([hook_point])[0] is not home.plain:
         return None
     known = _known.setdefault(home, {})
     if hook_point not in known:

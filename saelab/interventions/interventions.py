@@ -16,6 +16,7 @@ from saelab.collecting.harvesting import require_harvested
 from saelab.functional.indices import FeatureIds, read_feature
 from saelab.interventions.directions import Direction
 from saelab.lm.hooks import ForwardTokens, find_hook_point
+from saelab.lm.huggingface import AnyModel, as_model
 from saelab.lm.model_checks import Model
 from saelab.sae.compatibility import match_places
 from saelab.sae.normalizer import PER_TOKEN
@@ -242,8 +243,9 @@ class Intervention:
             raise ValueError(f"Strengths of unit 'max' need {of}, feature {feature} has none; use another unit.")
         return peak
 
-    def require_match(self, model: Model) -> None:
+    def require_match(self, model: AnyModel) -> None:
         """Raise ValueError unless the SAE, and that of a condition, were trained on this model at this hook point."""
+        model = as_model(model)
         when = self.places.when
         match_source(self.source, model, self.hook_point, self.allow_mismatch)
         if when is not None:

@@ -15,6 +15,7 @@ from saelab.interventions.directions import Direction, Subspace, as_subspace
 from saelab.interventions.edited_runs import EditedRuns
 from saelab.interventions.prompt_metrics import Metric, Prompt, Texts, make_prompt_metric, read_one_text
 from saelab.lm.hooks import capture
+from saelab.lm.huggingface import AnyModel, as_model
 from saelab.lm.model_checks import Model
 from saelab.sae.sae import SAE
 from saelab.stores.results import Result
@@ -88,7 +89,7 @@ class Patching(Result):
 
 
 def patch(
-    model: Model,
+    model: AnyModel,
     clean: Prompt,
     corrupt: Prompt,
     metric: Metric,
@@ -125,6 +126,7 @@ def patch(
     >>> found.scores.shape, float(found.scores[2, -1].round(4))
     ((3, 10), 1.0)
     """
+    model = as_model(model)
     ours, theirs = read_one_text(model, clean, "clean"), read_one_text(model, corrupt, "corrupt")
     require_aligned(ours, theirs)
     outcome = make_prompt_metric(model, metric)

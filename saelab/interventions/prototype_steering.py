@@ -14,6 +14,7 @@ from saelab.functional.screening import largest_first
 from saelab.interventions.directions import Direction
 from saelab.interventions.interventions import Intervention, TokenSelection, hook_point_of
 from saelab.interventions.steering_hooks import steer_all
+from saelab.lm.huggingface import AnyModel, as_model
 from saelab.lm.model_checks import Model
 from saelab.sae.sae import SAE
 
@@ -179,7 +180,7 @@ class PrototypeSteering(Intervention):
 
 @contextmanager
 def steer_to_prototype(
-    model: Model,
+    model: AnyModel,
     sae: SAE,
     prototypes: Prototypes,
     target: str,
@@ -228,6 +229,7 @@ def steer_to_prototype(
     >>> with steer_to_prototype(model, sae, moods, "glad", hook_point="blocks.1.hook_resid_post"):
     ...     made = sl.generate(model, "So", 4)
     """
+    model = as_model(model)
     pull = PrototypeSteering(
         sae, where=where, hook_point=hook_point, prototypes=prototypes, target=target, eta=eta, n_steps=n_steps,
         loss=loss, keep_norm=keep_norm, allow_mismatch=allow_mismatch,

@@ -11,7 +11,7 @@ from saelab.interventions.directions import Direction, Subspace, as_subspace, ma
 from saelab.interventions.edited_runs import EditedRuns
 from saelab.interventions.interventions import TokenSelection
 from saelab.interventions.prompt_metrics import Metric, Prompt, make_prompt_metric, read_texts
-from saelab.lm.model_checks import Model
+from saelab.lm.huggingface import AnyModel, as_model
 from saelab.lm.tokens import Tokens
 from saelab.stores.results import Result, format_table
 
@@ -57,7 +57,7 @@ class ResampleAblation(Result):
 
 
 def resample_ablation(
-    model: Model,
+    model: AnyModel,
     prompts: Prompt | Sequence[Prompt] | Tokens,
     directions: Direction | Subspace | Sequence[Direction | Subspace],
     metric: Metric = "loss",
@@ -92,6 +92,7 @@ def resample_ablation(
     >>> len(found.rows[0].random), found.n_tokens
     (4, 13)
     """
+    model = as_model(model)
     if n_random < FEWEST:
         raise ValueError(f"`n_random` must be at least {FEWEST}, got {n_random}.")
     outcome = make_prompt_metric(model, metric)

@@ -21,6 +21,7 @@ from saelab.interventions.interventions import (
     hook_point_of,
 )
 from saelab.lm.hooks import ForwardTokens, TokenTracker, replace_activations as splice_edits, watch
+from saelab.lm.huggingface import AnyModel, as_model
 from saelab.lm.model_checks import Model
 from saelab.lm.tokenizers import find_special_ids
 from saelab.sae.sae import SAE
@@ -29,7 +30,7 @@ from saelab.stores.feature_store import FeatureStore
 
 @contextmanager
 def steer(
-    model: Model,
+    model: AnyModel,
     source: SAE | Direction,
     features: FeatureStrengths = (),
     *,
@@ -73,6 +74,7 @@ def steer(
     >>> bool((moved != sl.lm.logits(model, ids)).any())
     True
     """
+    model = as_model(model)
     intervention = Intervention(source, features, mode, where, unit, store, error, hook_point, allow_mismatch)
     with steer_all(model, [intervention]):
         yield model
@@ -80,7 +82,7 @@ def steer(
 
 @contextmanager
 def steer_all(
-    model: Model, interventions: Sequence[Intervention], *, tracker: TokenTracker | None = None
+    model: AnyModel, interventions: Sequence[Intervention], *, tracker: TokenTracker | None = None
 ) -> Iterator[Model]:
     """A context like `steer` with several interventions together: several SAEs, hook points, modes and places.
 
@@ -96,6 +98,7 @@ def steer_all(
     >>> with sl.interventions.steer_all(model, [up, up]):
     ...     x = sl.lm.capture(model, torch.full((1, 4), 65), ["blocks.1.hook_out"])
     """
+    model = as_model(model)
     for intervention in interventions:
         intervention.require_match(model)
     active = [intervention for intervention in interventions if not intervention.changes_nothing]
@@ -110,7 +113,7 @@ def steer_all(
 
 @contextmanager
 def steer_randomly(
-    model: Model, interventions: Sequence[Intervention], seed: int = 0, *, tracker: TokenTracker | None = None
+    model: AnyModel, interventions: Sequence[Intervention], seed: int = 0, *, tracker: TokenTracker | None = None
 ) -> Iterator[Model]:
     """A context like `steer_all` in which what all interventions change together goes along a random direction instead.
 
@@ -129,6 +132,7 @@ def steer_randomly(
     >>> with steer_randomly(model, [up]):
     ...     x = sl.lm.capture(model, torch.full((1, 4), 65), ["blocks.1.hook_out"])
     """
+    model = as_model(model)
     active = [intervention for intervention in interventions if not intervention.changes_nothing]
     before = {intervention.writes_at: ReadActivations() for intervention in active}
     width = {intervention.writes_at: intervention.rows.shape[1] for intervention in active}
@@ -157,7 +161,7 @@ def _turn(before: ReadActivations, direction: Tensor) -> Callable[[Tensor], Tens
 
 @contextmanager
 def splice(
-    model: Model,
+    model: AnyModel,
     source: SAE | dict[str, Callable[[Tensor], Tensor]],
     *,
     error: Error = "drop",
@@ -191,6 +195,7 @@ def splice(
     >>> float(x.abs().max())
     0.0
     """
+    model = as_model(model)
     if isinstance(source, dict):
         with splice_edits(model, source):
             yield model
@@ -267,6 +272,11 @@ def _change(intervention: Intervention, x: Tensor, read: Tensor, keep: Bool[Tens
         raise ValueError(
             f"An SAE or direction must have the width of the hook point it steers, '{intervention.writes_at}' has "
             f"{x.shape[-1]}, got {intervention.rows.shape[1]}; use the one it was made for."
+        )
+    if x.shape[:-1] != keep.shape:
+        raise ValueError(
+            f"A hook point that is steered must carry one vector per token, got {tuple(x.shape)} at "
+            f"'{intervention.writes_at}' for tokens {tuple(keep.shape)}. Choose another one."
         )
     n = int(keep.sum())
     if n == 0:

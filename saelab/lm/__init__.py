@@ -28,6 +28,11 @@ if TYPE_CHECKING:
         logits as logits,
         next_token_loss as next_token_loss,
     )
+    from saelab.lm.huggingface import (
+        AnyModel as AnyModel,
+        HuggingFaceModel as HuggingFaceModel,
+        as_model as as_model,
+    )
     from saelab.lm.masks import (
         LabeledText as LabeledText,
         MaskResult as MaskResult,
@@ -37,6 +42,7 @@ if TYPE_CHECKING:
     )
     from saelab.lm.model_checks import Model as Model, ModelConfig as ModelConfig, Sketch as Sketch
     from saelab.lm.models import (
+        Backend as Backend,
         ModelDescription as ModelDescription,
         Processing as Processing,
         describe_model as describe_model,

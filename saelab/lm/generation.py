@@ -20,6 +20,7 @@ from saelab.lm.continuations import pad_rows
 from saelab.lm.conversations import Conversation, Messages, Prompts
 from saelab.lm.documents import list_prompts
 from saelab.lm.hook_points import hook_points_of
+from saelab.lm.huggingface import AnyModel, as_model
 from saelab.lm.model_checks import Model, find_context, find_row
 from saelab.lm.tokenizers import find_ends, find_special_ids, read_text, token_bytes
 from saelab.lm.tokens import tokenize
@@ -162,7 +163,7 @@ class Generation(Result):
 
 @torch.no_grad()
 def generate(
-    model: Model,
+    model: AnyModel,
     prompts: Prompts | Int[Tensor, "n_prompts n"],
     n_tokens: int = 50,
     *,
@@ -207,6 +208,7 @@ def generate(
     >>> len(made), made.n_tokens
     (4, 16)
     """
+    model = as_model(model)
     if n < 1 or n_tokens < 1 or batch_size < 1:
         raise ValueError(f"`n`, `n_tokens` and `batch_size` must be at least 1, got {n}, {n_tokens} and {batch_size}.")
     rows, texts = _read_prompts(model, prompts, bos)
@@ -392,7 +394,8 @@ class TokenStream(Iterator[StreamedToken]):
     text, release the key-value cache.
     """
 
-    def __init__(self, model: Model, prompt: str, run: "_Run", ends: frozenset[int]) -> None:
+    def __init__(self, model: AnyModel, prompt: str, run: "_Run", ends: frozenset[int]) -> None:
+        model = as_model(model)
         self._model, self._prompt, self._steps = model, prompt, run.steps(ends)
         self._prompt_ids = run.ids[0].cpu()
         self._text = _TextReader(model)
@@ -416,7 +419,7 @@ class TokenStream(Iterator[StreamedToken]):
 
 
 def stream_tokens(
-    model: Model,
+    model: AnyModel,
     prompt: str | Messages | Conversation | Int[Tensor, "n"],
     n_tokens: int = 50,
     *,
@@ -446,6 +449,7 @@ def stream_tokens(
     >>> drawn == list(sl.generate(model, "One", 4)[0].ids)
     True
     """
+    model = as_model(model)
     if n_tokens < 1:
         raise ValueError(f"`n_tokens` must be at least 1, got {n_tokens}.")
     rows, texts = _read_prompts(model, prompt[None] if isinstance(prompt, Tensor) else prompt, bos)

@@ -1,4 +1,8 @@
-"""Hook points of a TransformerBridge, and for each the fastest module from which identical values can be read."""
+"""Hook points of a language model by name: where each one's activations are, and whether an edit there is felt.
+
+`HookPoints` are those of plain Hugging Face modules. `BridgeHookPoints` are those of a TransformerBridge, and for each
+the fastest module from which identical values can be read.
+"""
 
 import copy
 import difflib
@@ -17,8 +21,10 @@ from torch import Tensor, nn
 
 from saelab.functional.autocast import computing_in
 from saelab.lm.caching import Caching, measure_caching
-from saelab.lm.model_checks import HookBooks, Model, Sketch, has_processed_weights, require_bridge, sketch_weights
-from saelab.lm.unwrapped import Site, WithOwnHooks, attach, make_probe, run, set_attention, strip
+from saelab.lm.huggingface import AnyModel, HuggingFaceModel, as_model
+from saelab.lm.model_checks import HookBooks, Model, Sketch, has_processed_weights, sketch_weights
+from saelab.lm.module_names import name_hook_points, name_modules
+from saelab.lm.unwrapped import Site, Tap, WithOwnHooks, attach, make_probe, run, set_attention, strip
 
 logger = logging.getLogger(__name__)
 
@@ -28,91 +34,58 @@ class HookSite:
     """Measured properties of one hook point."""
 
     agrees: bool
-    """whether the plain Hugging Face model has the bridge's tensor there, and responds to an edit identically"""
+    """whether plain Hugging Face modules have the tensor there, and respond to an edit as the model itself does"""
     felt: bool
     """whether an edit there changes the logits"""
     flat: bool
     """whether the rows of all texts are concatenated, (batch * n, d), as in OPT and mixtures of experts"""
 
 
-class HookPoints:
-    """Hook points of a bridge by name, the plain Hugging Face model that shares its weights, and at which hook points
-    both have identical activations.
+class BridgeError(ValueError):
+    """A TransformerBridge does not compute what its Hugging Face model does."""
 
-    Agreement is measured in short forward passes, not assumed. Hooks on the model, whoever registered them, do not run
-    in these.
+
+class HookPoints:
+    """Hook points of plain Hugging Face modules: each is the input or the output of one of them.
+
+    Properties of hook points are measured in short forward passes, not assumed. Hooks on the model, whoever registered
+    them, do not run in these.
     """
 
-    def __init__(self, model: Model, *, was_right: bool = False) -> None:
-        self.points, self.components = _find_points(model)
-        self.bridged: nn.Module = model.original_model
-        self._bridge = weakref.ref(model)  # weak, as `_doors` would otherwise never free the bridge
-        self.hooks = HookBooks(model, self.bridged, *self.points.values())
-        self.n_spliced = 0  # edits registered on both the plain twin and the bridge
-        self.probe = make_probe(model)
+    plain: nn.Module | None
+    """Hugging Face's own modules"""
+    trees: tuple[nn.Module, ...]
+    """the modules whose forward passes are those of the model"""
+    probe: Tensor
+    """two rows of random token ids for short test forward passes"""
+    points: dict[str, str]
+    """canonical name of each hook point by all its names"""
+    components: dict[str, Any]
+    """modules by name, such as "blocks.0.attn" and "ln_final\""""
+    _last: Tensor
+    """logits of the probe's last tokens"""
+
+    def __init__(self, model: Model) -> None:
+        hf_model = model.original_model
+        self._begin(model, (hf_model,), HookBooks(hf_model))
+        self.plain = hf_model
+        with self.aside():
+            said = _try_plain(hf_model, self.probe)
+            _require_causal(hf_model, self.probe, said)
+            self._last = said[:, -1]
+            self.components = name_modules(hf_model)
+            self.points = name_hook_points(self.components, hf_model, self.probe)
+
+    def _begin(self, model: Model, trees: tuple[nn.Module, ...], hooks: HookBooks) -> None:
+        self.trees, self._hooks, self.probe = trees, hooks, make_probe(model)
         self.places: dict[str, HookSite] = {}
         self._caching: dict[nn.Module, Caching] = {}
-        self.attention = "eager"
-        self._plain_hooks: HookBooks | None = None
         # These dictionaries live as long as their module, so checking them before each forward pass is quick.
-        self._weights = [(m._parameters, m._buffers, m._non_persistent_buffers_set) for m in self.bridged.modules()]
+        self._weights = [(m._parameters, m._buffers, m._non_persistent_buffers_set) for m in trees[0].modules()]
         self._stamp = self._find_stamp(model)
-        with self.aside():
-            said = _try_bridge(self.bridged, self.probe)
-            if isinstance(said, Tensor):
-                _require_causal(self.bridged, self.probe, said)
-            # Weights that were edited or processed in the bridge are intended: then its logits are the right ones.
-            owns_weights = was_right or model.compatibility_mode or has_processed_weights(model)
-            self.plain, self.twins, self.bridge_is_right = self._find_plain(said, owns_weights)
-            if isinstance(said, Exception):
-                assert self.plain is not None
-                said = run(self.plain, self.probe)
-                _require_causal(self.plain, self.probe, said)
-            self._last = said[:, -1]
-        if self.plain is not None:
-            self._plain_hooks = HookBooks(self.plain)
-
-    def _find_plain(self, said: Tensor | Exception, owns_weights: bool) -> tuple[nn.Module | None, dict, bool]:
-        """The plain Hugging Face model with the fastest attention that gives the bridge's logits, and whether the
-        bridge's are right.
-
-        Where they differ, or the bridge fails, Hugging Face's own modules are right, unless the bridge has weights that
-        they lack.
-        """
-        try:
-            plain, twins = strip(self.bridged)
-        except (TypeError, ValueError) as error:
-            if isinstance(said, Exception):
-                raise said from error
-            logger.info("This model runs through its bridge, at about half the speed: %s", error)
-            return None, {}, True
-        found: dict[str, Tensor] = {}
-        for self.attention in ("sdpa", "eager"):
-            if set_attention(plain, self.attention):
-                found[self.attention] = run(plain, self.probe)
-                if isinstance(said, Tensor) and _close(found[self.attention], said):
-                    return plain, twins, True
-        if isinstance(said, Exception):
-            if owns_weights:
-                raise said
-            reason = f"this one fails ({type(said).__name__}: {said})"
-        else:
-            reason = f"the bridge's logits are {_distance(said, found['eager']):.1%} away from Hugging Face's"
-        if owns_weights:
-            logger.info("This model runs through its bridge, at about half the speed: %s", reason)
-            return None, {}, True
-        if "sdpa" in found and _close(found["sdpa"], found["eager"]):
-            self.attention = "sdpa"
-            set_attention(plain, "sdpa")
-        warnings.warn(
-            f"A TransformerBridge must compute what its model does, but {reason}. Hugging Face's own modules are taken "
-            "instead; hook points that only the bridge has are refused. Another release of transformer-lens may agree.",
-            stacklevel=2,
-        )
-        return plain, twins, False
 
     def _find_stamp(self, model: Any) -> tuple:
-        """Value that changes when a weight is edited in place or replaced, or the bridge processes its weights."""
+        """Value that changes when a weight is edited in place or replaced, or a bridge processes its weights."""
         found = [stamp(w) for weights, _, _ in self._weights if weights for w in weights.values() if w is not None]
         # Non-persistent buffers do not count: rotary angles change when a text exceeds the original context length.
         found += [
@@ -127,36 +100,55 @@ class HookPoints:
     @cached_property
     def sketch(self) -> Sketch | None:
         """Fingerprint of the model's weights, computed once."""
-        return sketch_weights(self.bridged)
+        return sketch_weights(self.trees[0])
 
     def is_current(self, model: Model) -> bool:
         """Whether the model's weights are those that this object was made with; False after any edit of them."""
         return self._stamp == self._find_stamp(model)
 
-    def find(self, name: str) -> Any:
-        """The model's `HookPoint` of a name, in the old or the canonical spelling; ValueError with similar names."""
+    @property
+    def is_bare(self) -> bool:
+        """Whether plain modules run, and nobody's hooks are on the model, saelab's edits included."""
+        return not self._hooks.has_foreign()
+
+    def find(self, name: str) -> str:
+        """The canonical name of a hook point; ValueError with similar names."""
         if name not in self.points:
             near = difflib.get_close_matches(name, self.points, n=5, cutoff=0.4)
             hint = f"Did you mean one of {near}?" if near else "Names look like 'blocks.0.hook_resid_post'."
-            raise ValueError(f"`hook_point` must be a hook point of this model, got '{name}'. {hint}")
+            raise ValueError(f"`hook_point` must be a hook point of this model, got '{name}'. {hint}{self._more}")
         return self.points[name]
 
-    def bridge_site(self, name: str) -> Site:
-        """Module and side at which the bridge fires a hook point."""
-        return self.find(name), "hook_out"
+    @property
+    def _more(self) -> str:
+        """Where there are more hook points."""
+        return " Those inside of a module exist with `load_model(..., backend='transformer_lens')` only."
+
+    def part(self, component: str) -> Any:
+        """The module of the plain model that is a component, by its name."""
+        return self.components[component]
 
     def plain_site(self, name: str) -> Site | None:
-        """Module and side of the plain Hugging Face model that should carry the same tensor, or None."""
-        path, _, side = str(self.find(name).name).rpartition(".")
-        twin = self.twins.get(self.components[path]) if path in self.components else None
-        return (twin, side) if twin is not None and side in ("hook_in", "hook_out") else None
+        """Module and side of the plain model that carry a hook point's tensor, or None."""
+        path, _, side = self.find(name).rpartition(".")
+        return (self.components[path], side) if path in self.components else None
+
+    def _own_site(self, name: str) -> tuple[nn.Module, Site]:
+        """The model that defines a hook point's values, and module and side in it."""
+        site = self.plain_site(name)
+        assert self.plain is not None and site is not None
+        return self.plain, site
+
+    @contextmanager
+    def attached(self, name: str, tap: Tap) -> Iterator[None]:
+        """Context manager in which a hook function runs at a hook point, in all forward passes of the model."""
+        with attach(self._own_site(name)[1], tap):
+            yield
 
     def look(self, name: str) -> HookSite:
-        """Properties of a hook point, measured by at most four short forward passes at the first call, then kept.
+        """Properties of a hook point, measured by a few short forward passes at the first call, then kept.
 
-        Raises:
-            RuntimeError: unless it fires exactly once in a forward pass.
-            ValueError: where only the bridge has it, and the bridge computes other logits than Hugging Face.
+        RuntimeError unless it fires exactly once in a forward pass.
         """
         if name not in self.places:
             self.find(name)
@@ -167,42 +159,18 @@ class HookPoints:
     @contextmanager
     def aside(self) -> Iterator[None]:
         """Context manager in which no hooks are on the model, whoever registered them, and no autocast is in force."""
-        with ExitStack() as stack:
-            stack.enter_context(computing_in(None, self.probe.device.type))
-            for books in (self.hooks, self._plain_hooks):
-                if books is not None:
-                    stack.enter_context(books.aside())
+        with computing_in(None, self.probe.device.type), self._hooks.aside():
             yield
 
     def _measure(self, name: str) -> HookSite:
-        site = self.plain_site(name) if self.plain is not None else None
-        if not self.bridge_is_right:
-            return self._measure_plain(name, site)
-        value = self._read_once(name, self.bridged, self.bridge_site(name))
-        moved = self._move(self.bridged, self.bridge_site(name), value)
-        agrees = False
-        if self.plain is not None and site is not None:
-            seen = self._read(self.plain, site)
-            agrees = len(seen) == 1 and _close(seen[0], value)
-            agrees = agrees and _close(self._move(self.plain, site, value), moved)
-        return HookSite(agrees, self._is_felt(moved, value), self._is_flat(self.bridged, self.bridge_site(name), value))
+        model, site = self._own_site(name)
+        value = self._read_once(name, model, site)
+        moved = self._move(model, site, value)
+        felt = not value.is_floating_point() or not torch.equal(moved[:, -1], self._last)
+        return HookSite(self._agrees(name, value, moved), felt, self._is_flat(model, site, value))
 
-    def _measure_plain(self, name: str, site: Site | None) -> HookSite:
-        """As `_measure`, for a bridge whose values are wrong: measured on the plain model alone."""
-        if self.plain is None or site is None:
-            raise ValueError(
-                f"`hook_point` must be the input or output of one of Hugging Face's modules where the bridge computes "
-                f"other logits than they do, got '{name}'. Take such a one, or another release of transformer-lens."
-            )
-        value = self._read_once(name, self.plain, site)
-        with torch.no_grad():
-            before = run(self.plain, self.probe)[:, -1]
-        moved = self._move(self.plain, site, value)
-        felt = not value.is_floating_point() or not torch.equal(moved[:, -1], before)
-        return HookSite(True, felt, self._is_flat(self.plain, site, value))
-
-    def _is_felt(self, moved: Tensor, value: Tensor) -> bool:
-        return not value.is_floating_point() or not torch.equal(moved[:, -1], self._last)
+    def _agrees(self, _name: str, _value: Tensor, _moved: Tensor) -> bool:
+        return True
 
     def _is_flat(self, model: nn.Module, site: Site, value: Tensor) -> bool:
         """Whether the rows of all texts are concatenated: permuting the texts permutes the rows."""
@@ -210,7 +178,7 @@ class HookPoints:
             return False
         swapped = self._read(model, site, self.probe.flip(0))[0]
         split = (*self.probe.shape, -1)
-        return _close(swapped.reshape(split), value.reshape(split).flip(0))
+        return is_close(swapped.reshape(split), value.reshape(split).flip(0))
 
     def _read(self, model: nn.Module, site: Site, ids: Tensor | None = None) -> list[Tensor]:
         seen: list[Tensor] = []
@@ -241,34 +209,160 @@ class HookPoints:
         return self._caching[module]
 
     def route(self, names: list[str]) -> tuple[nn.Module, list[Site]]:
+        """The fastest model that has correct values at these hook points, and the module and side of each."""
+        assert self.plain is not None
+        for name in names:
+            self.look(name)  # so that a wrong name always raises
+        return self.plain, [self._own_site(name)[1] for name in names]
+
+
+class BridgeHookPoints(HookPoints):
+    """Hook points of a bridge by name, the plain Hugging Face model that shares its weights, and at which hook points
+    both have identical activations.
+    """
+
+    def __init__(self, model: Model, *, was_right: bool = False) -> None:
+        """`was_right` is for a bridge that computed what its model does, before its weights were edited.
+
+        BridgeError where it computes something else.
+        """
+        self._points, self.components = _find_points(model)
+        self.points = {name: str(point.name) for name, point in self._points.items()}
+        bridged = model.original_model
+        self._bridge = weakref.ref(model)  # weak, as `_doors` would otherwise never free the bridge
+        self._begin(model, (bridged,), HookBooks(model, bridged, *self._points.values()))
+        self.n_spliced = 0  # edits registered on both the plain twin and the bridge
+        self._plain_hooks: HookBooks | None = None
+        with self.aside():
+            said = _try_bridge(bridged, self.probe)
+            _require_causal(bridged, self.probe, said)
+            # Weights that were edited or processed in the bridge are intended: then its logits are the right ones.
+            owns_weights = was_right or model.compatibility_mode or has_processed_weights(model)
+            self.plain, self.twins = self._find_plain(bridged, said, owns_weights)
+            self._last = said[:, -1]
+        if self.plain is not None:
+            self._plain_hooks = HookBooks(self.plain)
+            self.trees = (bridged, self.plain)
+
+    def _find_plain(self, bridged: nn.Module, said: Tensor, owns_weights: bool) -> tuple[nn.Module | None, dict]:
+        """The plain Hugging Face model with the fastest attention that gives the bridge's logits."""
+        try:
+            plain, twins = strip(bridged)
+        except (TypeError, ValueError) as error:
+            logger.info("This model runs through its bridge, at about half the speed: %s", error)
+            return None, {}
+        for attention in ("sdpa", "eager"):
+            if set_attention(plain, attention):
+                found = run(plain, self.probe)
+                if is_close(found, said):
+                    return plain, twins
+        distance = f"the bridge's logits are {_distance(said, found):.1%} away from Hugging Face's"
+        if not owns_weights:
+            raise BridgeError(
+                f"A TransformerBridge must compute what its model does, but {distance}. Give it to "
+                "`saelab.load_model`, which takes Hugging Face's own modules (backend='huggingface')."
+            )
+        logger.info("This model runs through its bridge, at about half the speed: %s", distance)
+        return None, {}
+
+    @property
+    def is_bare(self) -> bool:
+        """Whether plain modules run, and nobody's hooks are on the model, saelab's edits included."""
+        return self.plain is not None and not self.n_spliced and self._sees_all
+
+    @property
+    def _sees_all(self) -> bool:
+        """Whether all hooks on the model are saelab's, and on the plain model, too."""
+        return not self._hooks.has_foreign() and self._hooks.count_ours() == self.n_spliced
+
+    @property
+    def _more(self) -> str:
+        return ""
+
+    def part(self, component: str) -> Any:
+        """The module of the plain model that is a component, by its name."""
+        return self.twins[self.components[component]]
+
+    def plain_site(self, name: str) -> Site | None:
+        """Module and side of the plain Hugging Face model that should carry the same tensor, or None."""
+        path, _, side = self.find(name).rpartition(".")
+        twin = self.twins.get(self.components[path]) if path in self.components else None
+        return (twin, side) if twin is not None and side in ("hook_in", "hook_out") else None
+
+    def _own_site(self, name: str) -> tuple[nn.Module, Site]:
+        self.find(name)
+        return self.trees[0], (self._points[name], "hook_out")
+
+    def bridge_sites(self, names: list[str]) -> dict[str, Site]:
+        """Module and side at which the bridge fires each hook point."""
+        return {name: self._own_site(name)[1] for name in names}
+
+    @contextmanager
+    def attached(self, name: str, tap: Tap) -> Iterator[None]:
+        """Context manager with a hook on the bridge's hook point, and on the plain model where that is the same
+        place.
+        """
+        site = self.plain_site(name) if self.look(name).agrees else None
+        with ExitStack() as stack:
+            stack.enter_context(super().attached(name, tap))
+            if site is not None:
+                stack.enter_context(attach(site, tap))
+                self.n_spliced += 1
+                stack.callback(setattr, self, "n_spliced", self.n_spliced - 1)
+            yield
+
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        """Context manager in which no hooks are on the model, whoever registered them, and no autocast is in force."""
+        with super().aside(), ExitStack() as stack:
+            if self._plain_hooks is not None:
+                stack.enter_context(self._plain_hooks.aside())
+            yield
+
+    def _agrees(self, name: str, value: Tensor, moved: Tensor) -> bool:
+        site = self.plain_site(name)
+        if self.plain is None or site is None:
+            return False
+        seen = self._read(self.plain, site)
+        return len(seen) == 1 and is_close(seen[0], value) and is_close(self._move(self.plain, site, value), moved)
+
+    def route(self, names: list[str]) -> tuple[nn.Module, list[Site]]:
         """The fastest model that has correct values at these hook points, and the module and side of each.
 
-        That is the bridge itself where other hooks than saelab's are on it, or a hook point exists only there;
-        ValueError if its logits are then other than Hugging Face's.
+        That is the bridge itself where other hooks than saelab's are on it, or a hook point exists only there.
         """
-        is_hooked = self.hooks.has_foreign()
         trusted = [self.look(name).agrees for name in names]  # looks at all of them, so that a wrong name always raises
-        plain_sees_all = not is_hooked and self.hooks.count_ours() == self.n_spliced
-        if self.plain is not None and plain_sees_all and all(trusted):
+        if self.plain is not None and self._sees_all and all(trusted):
             return self.plain, [site for name in names if (site := self.plain_site(name)) is not None]
-        if not self.bridge_is_right:
-            raise ValueError(
-                "Hooks on a bridge work only where it computes what its model does, got a bridge with other logits "
-                "than Hugging Face's and hooks on it. Take them away, or another release of transformer-lens."
-            )
         bridge: Any = self._bridge()
         has_own = bridge is not None and any(getattr(bridge, book) for book in ("_forward_hooks", "_forward_pre_hooks"))
-        return WithOwnHooks(bridge) if has_own else self.bridged, [self.bridge_site(name) for name in names]
+        return WithOwnHooks(bridge) if has_own else self.trees[0], [self._own_site(name)[1] for name in names]
 
 
-def _try_bridge(model: nn.Module, ids: Tensor) -> Tensor | Exception:
-    """A bridge's logits, or the error it raised: it may be made for another release of transformers."""
+def _try_plain(model: nn.Module, ids: Tensor) -> Tensor:
+    """A Hugging Face model's logits; ValueError where it cannot compute them from token ids alone."""
     try:
         return run(model, ids)
     except torch.OutOfMemoryError:
         raise
     except Exception as error:
-        return error
+        raise ValueError(
+            f"A model must compute logits from token ids, got a {type(model).__name__} that fails with "
+            f"{type(error).__name__}: {error}. Take a causal language model of text."
+        ) from error
+
+
+def _try_bridge(model: nn.Module, ids: Tensor) -> Tensor:
+    """A bridge's logits; BridgeError where it fails, as it may be made for another release of transformers."""
+    try:
+        return run(model, ids)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:
+        raise BridgeError(
+            f"A TransformerBridge must compute what its model does, but this one fails ({type(error).__name__}: "
+            f"{error}). Give it to `saelab.load_model`, which takes Hugging Face's own modules."
+        ) from error
 
 
 def require_once(name: str, n_fired: int) -> None:
@@ -325,7 +419,7 @@ def _distance(x: Tensor, y: Tensor) -> float:
     return float((x.double() - y.double()).norm() / y.double().norm())
 
 
-def _close(x: Tensor, y: Tensor) -> bool:
+def is_close(x: Tensor, y: Tensor) -> bool:
     """Whether tensors are equal up to rounding: relative distance of 0.1 % in float32, 5 % in half precision."""
     if x.shape != y.shape:
         return False
@@ -336,21 +430,24 @@ def _close(x: Tensor, y: Tensor) -> bool:
 _doors: weakref.WeakKeyDictionary[Model, HookPoints] = weakref.WeakKeyDictionary()
 
 
-def hook_points_of(model: Model) -> HookPoints:
+def hook_points_of(model: AnyModel) -> HookPoints:
     """The `HookPoints` of a model, rebuilt when its weights have changed.
 
     Raises:
-        TypeError: for anything but a bridge.
-        ValueError: for a model that is not causal.
+        TypeError: for anything but a bridge or a Hugging Face model.
+        ValueError: for a model that is not causal, and a bridge that does not compute what its model does.
     """
+    model = as_model(model)
     known = _doors.get(model)
     if known is None or not known.is_current(model):
-        require_bridge(model)
-        known = _doors[model] = HookPoints(model, was_right=known is not None and known.bridge_is_right)
-    return known
+        if isinstance(model, HuggingFaceModel):
+            _doors[model] = HookPoints(model)
+        else:
+            _doors[model] = BridgeHookPoints(model, was_right=known is not None)
+    return _doors[model]
 
 
-def share_weights(model: Model) -> Model:
+def share_weights(model: AnyModel) -> Model:
     """A second model on the same parameters and buffers, with modules and hooks of its own.
 
     Two threads may each run one of them: edits, readings and `train()` of one are not felt by the other; changes of
@@ -362,6 +459,7 @@ def share_weights(model: Model) -> Model:
     >>> all(one is two for one, two in zip(model.parameters(), other.parameters(), strict=True))
     True
     """
+    model = as_model(model)
     kept: dict[int, Any] = {id(model.tokenizer): model.tokenizer}
     for module in model.modules():
         held = (module._parameters, module._buffers, vars(module))

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from saelab.lm.caching import count_columns, find_given, require_whole
 from saelab.lm.hook_points import HookPoints, hook_points_of, require_once
+from saelab.lm.huggingface import AnyModel, as_model
 from saelab.lm.masks import TokenMask
 from saelab.lm.model_checks import Model, find_context
 from saelab.lm.tokens import Tokens
@@ -28,7 +29,7 @@ class _Stop(Exception):
     """Ends a forward pass once all hook points asked for have fired."""
 
 
-def find_hook_point(model: Model, name: str) -> str:
+def find_hook_point(model: AnyModel, name: str) -> str:
     """`name`, after checking that the model has a hook point of that name; else ValueError.
 
     Both the old spellings ("blocks.2.hook_resid_post") and the canonical ones ("blocks.2.hook_out") are accepted.
@@ -37,12 +38,13 @@ def find_hook_point(model: Model, name: str) -> str:
     >>> sl.lm.find_hook_point(sl.lm.tiny_model(), "blocks.0.hook_resid_post")
     'blocks.0.hook_resid_post'
     """
+    model = as_model(model)
     hook_points_of(model).find(name)
     return name
 
 
 def capture(
-    model: Model,
+    model: AnyModel,
     ids: Int[Tensor, "batch ctx_len"],
     hook_points: Sequence[str],
     *,
@@ -68,6 +70,7 @@ def capture(
     >>> x["blocks.1.hook_resid_post"].shape
     torch.Size([2, 5, 32])
     """
+    model = as_model(model)
     names = list(dict.fromkeys(hook_points))
     plain_or_bridge, sites = hook_points_of(model).route(names)
     with within_context(model, ids):
@@ -191,27 +194,21 @@ def _split(home: HookPoints, tap: Tap) -> Iterator[Tap]:
         return None if new is None else new.reshape(x.shape)
 
     with ExitStack() as stack:
-        for module in (home.bridged, home.plain):
-            if module is not None:
-                stack.enter_context(module.register_forward_pre_hook(shape.follow, with_kwargs=True))
+        for module in home.trees:
+            stack.enter_context(module.register_forward_pre_hook(shape.follow, with_kwargs=True))
         yield split
 
 
 @contextmanager
 def _edited(home: HookPoints, name: str, tap: Tap) -> Iterator[None]:
-    """Context manager with a hook on the bridge's hook point, and on the plain model where that is the same place."""
+    """Context manager with a hook function at a hook point."""
     place = home.look(name)
     if not place.felt:
         tap = _only_reading(name, tap)
-    site = home.plain_site(name) if place.agrees else None
     with ExitStack() as stack:
         if place.flat:
             tap = stack.enter_context(_split(home, tap))
-        stack.enter_context(attach(home.bridge_site(name), tap))
-        if site is not None:
-            stack.enter_context(attach(site, tap))
-            home.n_spliced += 1
-            stack.callback(setattr, home, "n_spliced", home.n_spliced - 1)
+        stack.enter_context(home.attached(name, tap))
         yield
 
 
@@ -245,7 +242,7 @@ def _replace(name: str, edit: Callable[[Tensor], Tensor]) -> Tap:
 
 
 def logits(
-    model: Model, ids: Int[Tensor, "batch ctx_len"], *, grad: bool = False
+    model: AnyModel, ids: Int[Tensor, "batch ctx_len"], *, grad: bool = False
 ) -> Float[Tensor, "batch ctx_len d_vocab"]:
     """Logits of the model for right-padded rows of ids, in its dtype; edits of `splice` and `steer` apply.
 
@@ -254,6 +251,7 @@ def logits(
     >>> sl.lm.logits(sl.lm.tiny_model(), torch.ones(1, 4, dtype=torch.long)).shape
     torch.Size([1, 4, 259])
     """
+    model = as_model(model)
     plain_or_bridge, _ = hook_points_of(model).route([])
     with torch.set_grad_enabled(grad), within_context(model, ids):
         return run_as_set(plain_or_bridge, to_model(model, ids))
@@ -325,11 +323,6 @@ class TokenTracker(OwnHook):
         ids = args[0] if args else kwargs.get("input_ids")
         if not isinstance(ids, Tensor) or ids.ndim != 2 or ids.is_floating_point():
             raise ValueError("Steering needs forwards that get token ids (batch, n), got one without `input_ids`.")
-        if module is self.home.bridged and not self.home.bridge_is_right:
-            raise ValueError(
-                "Steering follows a bridge only where it computes what its model does, got one with other logits than "
-                "Hugging Face's. Use `sl.lm.logits` and `sl.generate`, which run Hugging Face's own modules."
-            )
         kwargs = _name_arguments(module, args) | kwargs
         cache = find_given(kwargs)
         if cache is not None and self.home.caching(module).argument is None:  # even if it is empty
@@ -399,15 +392,14 @@ def _find_positions(ids: Tensor, n_past: int, attention_mask: Any, before: Tenso
 
 @contextmanager
 def watch(model: Model, tracker: TokenTracker | None = None) -> Iterator[TokenTracker]:
-    """Context manager that yields a `TokenTracker` tracking every forward pass of the model, through the bridge or the
+    """Context manager that yields a `TokenTracker` tracking every forward pass of the model, through a bridge or the
     plain Hugging Face model; the one given goes on with the text of an earlier block.
     """
     home = hook_points_of(model)
     flow = TokenTracker(home) if tracker is None else tracker
     with ExitStack() as stack:
-        for module in (home.bridged, home.plain):
-            if module is not None:
-                stack.enter_context(module.register_forward_pre_hook(flow.follow, with_kwargs=True))
+        for module in home.trees:
+            stack.enter_context(module.register_forward_pre_hook(flow.follow, with_kwargs=True))
         yield flow
 
 

@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from saelab.lm.model_checks import Model
+from saelab.lm.huggingface import AnyModel, as_model
 from saelab.lm.token_labels import TokenLabels
 from saelab.lm.tokenizers import spell, token_bytes
 from saelab.lm.tokens import Tokens, tokenize
@@ -151,7 +151,7 @@ class _Spans(NamedTuple):
 
 
 def tokenize_labeled(
-    model: Model,
+    model: AnyModel,
     documents: Sequence[LabeledText],
     ctx_len: int = 128,
     *,
@@ -183,6 +183,7 @@ def tokenize_labeled(
     >>> labels["pronoun"].tolist()
     [[False, False, False, False, True, True, True, False]]
     """
+    model = as_model(model)
     if part not in get_args(WordTokens):
         raise ValueError(f"`part` must be one of {list(get_args(WordTokens))}, got {part!r}.")
     texts = [_read_document(document, i, joined) for i, document in enumerate(documents)]

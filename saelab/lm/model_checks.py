@@ -8,7 +8,7 @@ import re
 import sys
 import warnings
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -48,6 +48,7 @@ _LIKE_LIMITS = re.compile(r"position|context|ctx|seq\w*_len|max_len")
 _RECURRENT = ("rwkv",)  # its `context_length` sizes a training kernel; a state has no positions
 
 
+@runtime_checkable
 class ModelConfig(Protocol):
     """Protocol of a model's configuration: the fields that saelab reads."""
 
@@ -60,14 +61,20 @@ class ModelConfig(Protocol):
 
 @runtime_checkable
 class Model(Protocol):
-    """Protocol of a language model: the part of TransformerLens' `TransformerBridge`, which `load_model` returns, that
-    saelab uses.
+    """Protocol of a language model, what `load_model` returns: the part of TransformerLens' `TransformerBridge` and of
+    `HuggingFaceModel` that saelab uses.
 
     Its `hook_dict` is not listed, because run-time checks would build it for every call.
     """
 
-    cfg: ModelConfig
-    tokenizer: Any
+    @property
+    def cfg(self) -> ModelConfig:
+        """Sizes and names."""
+
+    @property
+    def tokenizer(self) -> Any:
+        """The tokenizer, or None."""
+
     original_model: nn.Module
     """the Hugging Face model inside"""
     compatibility_mode: bool
@@ -89,17 +96,6 @@ class Model(Protocol):
 
     def to(self, *args: Any, **kwargs: Any) -> Any:
         """The model on another device or in another dtype, as in `torch.nn.Module`."""
-
-
-def require_bridge(model: Any) -> None:
-    """Raise TypeError for anything but a TransformerBridge, such as a HookedTransformer or a Hugging Face model."""
-    from transformer_lens.model_bridge import TransformerBridge
-
-    if not isinstance(model, TransformerBridge):
-        raise TypeError(
-            f"`model` must be what `saelab.load_model` returns, a TransformerBridge, got a {type(model).__name__}. "
-            "Give its name, folder or Hugging Face object to `saelab.load_model`."
-        )
 
 
 def has_processed_weights(model: Any) -> bool:
@@ -131,8 +127,8 @@ def admit_object(model: Any) -> Any:
         )
     if not hasattr(model, "can_generate") or not hasattr(model, "config"):
         raise TypeError(
-            f"`name_or_path` must be a name, a folder, a TransformerBridge or a Hugging Face model, got a {kind}. "
-            "Load it with transformers' `AutoModelForCausalLM`, or give its name."
+            f"A model must be what `saelab.load_model` returns, or a causal Hugging Face model, got a {kind}. "
+            "Load it with transformers' `AutoModelForCausalLM`, or give its name to `saelab.load_model`."
         )
     admit_config(model.config, kind)
     if not model.can_generate():
@@ -206,17 +202,9 @@ def admit_folder(folder: Path, has_tokenizer: bool) -> None:
         )
 
 
-def admit_weights(name: str, reports: Sequence[set[str]]) -> None:
-    """Raise ValueError where weights were missing from the files, which Hugging Face fills with random numbers.
-
-    `reports` are the names of missing weights, a set for each model that was loaded; RuntimeError without any report.
-    """
-    if not reports:
-        raise RuntimeError(
-            f"Hugging Face must report which weights it did not find, got nothing of '{name}': this transformer-lens "
-            "loads otherwise. Take a release that saelab was tested with (see README)."
-        )
-    if missing := set().union(*reports):
+def admit_weights(name: str, missing: Collection[str]) -> None:
+    """Raise ValueError where weights were missing from the files, which Hugging Face fills with random numbers."""
+    if missing:
         some = ", ".join(sorted(missing)[:3])
         raise ValueError(
             f"A model's files must hold all its weights, got '{name}' without {len(missing)} of them ({some}). A base "
@@ -250,12 +238,12 @@ class HookBooks:
     """
 
     def __init__(self, *trees: nn.Module | Model) -> None:
-        from transformer_lens.hook_points import HookPoint
-
         modules = {id(module): module for tree in trees for module in tree.modules()}.values()
-        self._points: list[Any] = [module for module in modules if isinstance(module, HookPoint)]
+        lens = sys.modules.get("transformer_lens.hook_points")  # a model with points of its is not there without it
+        points = () if lens is None else lens.HookPoint
+        self._points: list[Any] = [module for module in modules if isinstance(module, points)]
         self._at_points = [vars(point)[name] for point in self._points for name in _BOOKS]
-        others = [module for module in modules if not isinstance(module, HookPoint)]
+        others = [module for module in modules if not isinstance(module, points)]
         self._elsewhere = [vars(module)[name] for module in others for name in _BOOKS]
         self._elsewhere += [getattr(torch_module, f"_global{name}") for name in _BOOKS]
 
@@ -386,12 +374,16 @@ def find_context(model: Model) -> int:
     >>> sl.lm.tiny_model(ctx_len=64).cfg.n_ctx, find_context(sl.lm.tiny_model(ctx_len=64))
     (64, 64)
     """
-    require_bridge(model)
     config: Any = model.original_model.config
+    return find_limit(config)
+
+
+def find_limit(config: Any) -> int:
+    """Maximum length of a row in a Hugging Face configuration; see `find_context`."""
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     if getattr(text, "alibi", False) or getattr(text, "model_type", "") in _RECURRENT:
         return sys.maxsize
-    if limits := [value for name in _LIMITS if isinstance(value := getattr(text, name, None), int)]:
+    if limits := [n for name in _LIMITS if isinstance(n := getattr(text, name, None), int) and n > 0]:
         return min(limits)
     return _guess_limit(text)
 
@@ -403,7 +395,7 @@ def _guess_limit(config: Any) -> int:
         warnings.warn(
             f"A model's longest row must be named by one of {_LIMITS}, got {limits} in its {type(config).__name__}: "
             f"the least is taken, {min(limits.values())} tokens. Set `max_position_embeddings` in its configuration.",
-            stacklevel=3,
+            stacklevel=4,
         )
     return min(limits.values(), default=sys.maxsize)
 

@@ -1,25 +1,22 @@
-"""`load_model`: loads a language model from the Hub, a folder or an object, a built-in one, or a tiny random one.
-
-Side effects of loading are suppressed: progress bars, started processes, network access, and weights filled in at
-random.
-"""
+"""`load_model`: a language model from the Hub, a folder or an object, or one that is built in, and its back end."""
 
 import logging
 import os
-import subprocess
-import threading
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from saelab._lazy import uncollected
+from saelab.lm.hook_points import BridgeError, hook_points_of, is_close
+from saelab.lm.huggingface import AnyModel, HuggingFaceModel, as_model, is_bridge
+from saelab.lm.loading_guards import hidden_bars, no_copied_embeddings, no_processes, offline
 from saelab.lm.model_checks import (
     Model,
     admit_config,
@@ -31,190 +28,74 @@ from saelab.lm.model_checks import (
     warn_of_hooks,
 )
 from saelab.lm.tokenizers import copy_tokenizer
-from saelab.lm.unwrapped import drop_hollow, make_probe, run, set_attention, strip
+from saelab.lm.unwrapped import make_probe, run, set_attention, strip
 from saelab.stores.jobs import hidden
 from saelab.stores.sharing import shareable
 
 logger = logging.getLogger(__name__)
-_STARTERS = ("fork", "forkpty", "posix_spawn", "posix_spawnp", "system", "popen", "startfile")
 Processing = Literal["none", "folded"]
+Backend = Literal["auto", "transformer_lens", "huggingface"]
 BUILT_IN = ("tales", "tales-b", "othello")
 WORLD_MODELS = Path(__file__).parents[1] / "synthetic" / "models"
 """folder of the built-in models"""
 
 
-@contextmanager
-def hidden_bars() -> Iterator[None]:
-    """Context manager without progress bars of transformers and huggingface_hub; their previous settings are
-    restored.
-    """
-    from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
-    from transformers.utils import logging
-
-    shown, hub_hidden = logging.is_progress_bar_enabled(), are_progress_bars_disabled()
-    logging.disable_progress_bar()  # also disables those of huggingface_hub
-    try:
-        yield
-    finally:
-        if shown:
-            logging.enable_progress_bar()
-        if are_progress_bars_disabled() != hub_hidden:
-            (disable_progress_bars if hub_hidden else enable_progress_bars)()
-
-
-@contextmanager
-def no_processes() -> Iterator[None]:
-    """Context manager in which starting a process on this thread raises PermissionError and is logged.
-
-    transformer_lens installs torchvision by pip where a processor is missing, and continues without it where that
-    fails.
-    """
-    thread = threading.get_ident()
-
-    def guard(start: Callable) -> Callable:
-        def refuse(*args: Any, **options: Any) -> Any:
-            if threading.get_ident() != thread:
-                return start(*args, **options)
-            wanted = next((arg for arg in args if isinstance(arg, str | bytes | list | tuple)), options.get("args", ""))
-            logger.info("Not started while a model was loaded, since nobody asked for it: %s", wanted)
-            raise PermissionError(f"Loading a model starts no process, a library wanted {wanted!r}. Run it yourself.")
-
-        return refuse
-
-    with ExitStack() as stack:
-        stack.enter_context(_replaced(subprocess.Popen, "__init__", guard))
-        for name in _STARTERS:
-            if hasattr(os, name):
-                stack.enter_context(_replaced(os, name, guard))
-        yield
-
-
-@contextmanager
-def text_alone() -> Iterator[None]:
-    """Context manager in which transformer_lens does not require the image libraries of a multimodal model, as text
-    needs none.
-
-    What the model's own modules need is still required where they are made.
-    """
-    from transformer_lens.model_bridge.architecture_adapter import ArchitectureAdapter
-
-    if not hasattr(ArchitectureAdapter, "_check_required_libraries"):  # releases before 4
-        yield
-        return
-    with _replaced(ArchitectureAdapter, "_check_required_libraries", lambda _: lambda _adapter: None):
-        yield
-
-
-@contextmanager
-def no_copied_embeddings() -> Iterator[None]:
-    """Context manager in which a bridge has no `W_E_pos` on this thread: a new bridge reads all its attributes in
-    search of hook points, and this one copies the embeddings to answer.
-    """
-    from transformer_lens.model_bridge import TransformerBridge
-
-    if "W_E_pos" not in vars(TransformerBridge):
-        yield
-        return
-    thread = threading.get_ident()
-
-    def hide(before: property) -> property:
-        def read(bridge: Any) -> Any:
-            if threading.get_ident() == thread:
-                raise AttributeError("W_E_pos")
-            return before.__get__(bridge)
-
-        return property(read)
-
-    with _replaced(TransformerBridge, "W_E_pos", hide):
-        yield
-
-
-@contextmanager
-def offline() -> Iterator[None]:
-    """Context manager in which huggingface_hub and transformers do not use the network."""
-    from huggingface_hub import constants
-
-    with _replaced(constants, "HF_HUB_OFFLINE", lambda _: True):
-        yield
-
-
-@contextmanager
-def recorded_missing() -> Iterator[list[set[str]]]:
-    """Context manager that yields the names of weights that Hugging Face does not find in the files, a set for each
-    model loaded in it.
-    """
-    from transformers import PreTrainedModel
-
-    missing: list[set[str]] = []
-
-    def record(load: Any) -> Any:
-        def from_pretrained(cls: type, *args: Any, **options: Any) -> Any:
-            model, found = load.__func__(cls, *args, **{**options, "output_loading_info": True})
-            missing.append(set(found["missing_keys"]))
-            return model
-
-        return classmethod(from_pretrained)
-
-    with _replaced(PreTrainedModel, "from_pretrained", record):
-        yield missing
-
-
-@contextmanager
-def _replaced(holder: Any, name: str, make: Callable[[Any], Any]) -> Iterator[None]:
-    """Context manager in which an attribute is replaced by what `make` returns for it."""
-    before = vars(holder)[name]
-    setattr(holder, name, make(before))
-    try:
-        yield
-    finally:
-        setattr(holder, name, before)
-
-
 def load_model(
-    name_or_path: str | Path | nn.Module,
+    name_or_path: str | Path | AnyModel,
     device: str | torch.device | None = None,
     dtype: torch.dtype | None = None,
     *,
     weight_processing: str = "none",
     tokenizer: Any = None,
+    backend: str = "auto",
     progress: bool = True,
 ) -> Model:
-    """A causal language model as a `TransformerBridge`, in evaluation mode.
+    """A causal language model in evaluation mode, as a `TransformerBridge` or as a `HuggingFaceModel`.
 
-    Of a multimodal model the language tower is used; nothing is installed or started for the rest.
+    Both have the same names of hook points and the same numbers there; attention patterns and other values inside of
+    Hugging Face's modules have hook points in a bridge alone. Of a multimodal model the language tower is used; nothing
+    is installed or started for the rest.
 
     Args:
         name_or_path: "tales", "tales-b" or "othello" (the models of `saelab.synthetic`, part of the package; "./tales"
             is a folder of that name), a Hub id, a local folder (the network is not used), "tiny" for `tiny_model()`, a
-            Hugging Face model object (unchanged; the bridge shares its weights), or a bridge (returned as it is).
+            Hugging Face model object (unchanged; its weights are shared), or a bridge (returned as it is).
         device: None is the best one present (the CPU for built-in models); not allowed for an object, which keeps its
             own.
         dtype: dtype of the weights; None is float32; not allowed for an object.
         weight_processing: "none" keeps Hugging Face's own weights; "folded" folds norms and centers what is written to
             the residual stream, as TransformerLens 2 did by default and many public SAEs expect.
         tokenizer: replaces the model's; may be left out for an object whose folder has one.
+        backend: "transformer_lens" is a bridge, "huggingface" Hugging Face's own modules without transformer_lens.
+            "auto" is a bridge, unless transformer_lens has none for the model, or its logits are others than Hugging
+            Face's; a line of the log says which was taken, and why.
         progress: whether to show progress bars.
 
     Raises:
         FileNotFoundError: for a missing folder.
         TypeError: for an object of another kind.
-        ValueError: for a wrong id, for what is not a complete causal model with its tokenizer, and for a device or
-            dtype together with an object.
+        ValueError: for a wrong id, for what is not a complete causal model with its tokenizer, for a device or dtype
+            together with an object, and for a backend that cannot do what is asked.
 
     >>> model = sl.load_model(sl.lm.tiny_model())
     >>> model.cfg.n_layers
     3
     """
-    if weight_processing not in get_args(Processing):
-        raise ValueError(f"`weight_processing` must be one of {get_args(Processing)}, got '{weight_processing}'.")
+    for name, value, known in (("weight_processing", weight_processing, Processing), ("backend", backend, Backend)):
+        if value not in get_args(known):
+            raise ValueError(f"`{name}` must be one of {get_args(known)}, got '{value}'.")
     if weight_processing == "none":
-        return _find_model(name_or_path, device, dtype, tokenizer, progress)
-    if isinstance(name_or_path, nn.Module):
+        return _find_model(name_or_path, device, dtype, tokenizer, backend, progress)
+    if backend == "huggingface":
+        raise ValueError(
+            "`weight_processing` 'folded' needs transformer_lens, got backend='huggingface'. Take 'auto' or "
+            "'transformer_lens', or raw weights."
+        )
+    if isinstance(name_or_path, nn.Module | HuggingFaceModel):
         raise ValueError(
             "`weight_processing` 'folded' needs a name or a folder, got an object, whose weights it changes."
         )
-    model = _find_model(name_or_path, device, dtype, tokenizer, progress)
-    return _fold(model)
+    return _fold(_find_model(name_or_path, device, dtype, tokenizer, "transformer_lens", progress))
 
 
 def _fold(model: Model) -> Model:
@@ -238,18 +119,16 @@ def _fold(model: Model) -> Model:
     return model
 
 
-def _find_model(name_or_path: Any, device: Any, dtype: torch.dtype | None, tokenizer: Any, progress: bool) -> Model:
-    with uncollected():
-        from transformer_lens.model_bridge import TransformerBridge
-
-    if isinstance(name_or_path, nn.Module):
+def _find_model(
+    name_or_path: Any, device: Any, dtype: torch.dtype | None, tokenizer: Any, backend: str, progress: bool
+) -> Model:
+    if isinstance(name_or_path, nn.Module | HuggingFaceModel):
         if device is not None or dtype is not None:
             raise ValueError(
                 f"`device` and `dtype` go with a name or a folder, got them with a {type(name_or_path).__name__}. "
                 "Move or cast the object first."
             )
-        model = getattr(name_or_path, "_orig_mod", name_or_path)  # the module behind `torch.compile`
-        return model if isinstance(model, TransformerBridge) else _wrap(admit_object(model), tokenizer)
+        return _open_object(getattr(name_or_path, "_orig_mod", name_or_path), tokenizer, backend)  # behind `compile`
     if not isinstance(name_or_path, str | os.PathLike):
         raise TypeError(
             f"`name_or_path` must be a name, a folder, a TransformerBridge or a Hugging Face model, got a "
@@ -267,16 +146,23 @@ def _find_model(name_or_path: Any, device: Any, dtype: torch.dtype | None, token
             )
         if name == "tiny" and tokenizer is not None:
             raise ValueError("`tokenizer` must be left out for 'tiny', which has its own, got one.")
-        if name == "tiny":
+        if name == "tiny" and backend != "huggingface":
             return tiny_model().to(device or "cpu", dtype or torch.float32, print_details=False)
+        if name == "tiny":
+            made, tokenizer, name = _make_tiny()
+            return _open(made.to(device or "cpu", dtype or torch.float32), tokenizer, name, backend)
         folder, device = WORLD_MODELS / name, device or "cpu"
     if folder.is_dir():
         name = str(folder)
         admit_folder(folder, tokenizer is not None)
     elif isinstance(name_or_path, Path) or not _could_be_id(name):
         raise FileNotFoundError(f"`name_or_path` must be an existing folder or a Hub id, got '{name}': no such folder.")
-    with hidden_bars() if hidden(progress) else _as_is():
-        return _boot(name, local=folder.is_dir(), device=device, dtype=dtype or torch.float32, tokenizer=tokenizer)
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    with hidden_bars() if hidden(progress) else nullcontext():
+        hf_model = _read_weights(name, folder.is_dir(), dtype or torch.float32)
+        with offline() if folder.is_dir() else nullcontext(), _named(name, folder.is_dir()):
+            tokenizer = tokenizer or _load_tokenizer(name)
+        return _open(hf_model.to(device), tokenizer, name, backend)
 
 
 def _could_be_id(name: str) -> bool:
@@ -284,88 +170,160 @@ def _could_be_id(name: str) -> bool:
     return name.count("/") <= 1 and not name.startswith((".", "/", "~")) and not name.endswith("/")
 
 
-def _boot(name: str, *, local: bool, **options: Any) -> Model:
-    """Load a model through TransformerBridge; `local` keeps huggingface_hub off the network."""
-    from transformer_lens.model_bridge import TransformerBridge
-    from transformers import AutoConfig
+def _read_weights(name: str, local: bool, dtype: torch.dtype) -> Any:
+    """The Hugging Face model of a name or folder, of the class that its configuration names; `local` keeps
+    huggingface_hub off the network.
+    """
+    import transformers
 
     with (
-        offline() if local else _as_is(),
+        offline() if local else nullcontext(),
         no_processes(),
-        text_alone(),
-        no_copied_embeddings(),
         torch.random.fork_rng(devices=[]),  # layers are drawn at random before their weights are put in place
-        recorded_missing() as missing,
     ):
-        if "hf_model" not in options:
-            with _named(name, local):
-                config = AutoConfig.from_pretrained(name, trust_remote_code=False)
-            admit_config(config)
-        if (tokenizer := options.pop("tokenizer", None)) is None and "hf_model" not in options:
-            tokenizer = _load_tokenizer(name)
-        if tokenizer is not None:
-            options["tokenizer"] = copy_tokenizer(tokenizer, name)
-        options = {key: value for key, value in options.items() if value is not None}
-        with _named(name, local, "hf_model" in options):
-            model = TransformerBridge.boot_transformers(name, **options)
-    if "hf_model" not in options:
-        admit_weights(name, missing)
-    drop_hollow(model)
-    admit_tokenizer(model)
-    model.eval()
-    return model
+        with _named(name, local):
+            config = transformers.AutoConfig.from_pretrained(name, trust_remote_code=False)
+        admit_config(config)
+        kind = getattr(transformers, (config.architectures or [""])[0], None)
+        if kind is None or not kind.can_generate():
+            kind = transformers.AutoModelForCausalLM
+        with _named(name, local):
+            hf_model, found = kind.from_pretrained(name, dtype=dtype, output_loading_info=True)
+    admit_weights(name, found["missing_keys"])
+    return hf_model.eval()
 
 
-def _load_tokenizer(name: str) -> Any:
-    """The tokenizer as it is, whereas the bridge would make it put BOS before every text; None leaves it to the
-    bridge.
-    """
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError, KeyError, ImportError):
-        return None
-
-
-@contextmanager
-def _named(name: str, local: bool, is_object: bool = False) -> Iterator[None]:
-    """Context manager that turns any error of the libraries into a ValueError that begins with what was to be
-    loaded.
-    """
-    try:
-        yield
-    except torch.OutOfMemoryError:
-        raise
-    except Exception as error:
-        where = "a model folder that can be read" if local else "a Hub id that can be reached, or a folder"
-        where = "a model that transformer_lens has a bridge for" if is_object else where
-        reason = (str(error).splitlines() or [type(error).__name__])[0].split(". ")[0]  # some messages are very long
-        raise ValueError(f"`name_or_path` must be {where}, got '{name}': {reason}") from error
-
-
-@contextmanager
-def _as_is() -> Iterator[None]:
-    yield
-
-
-def _wrap(hf_model: nn.Module, tokenizer: Any, name: str | None = None) -> Model:
-    """A bridge around a copy of the module tree, so that the caller's object keeps its own modules."""
-    warn_of_hooks(hf_model)
-    twin, _ = strip(hf_model)
-    config: Any = twin.config
-    name = name or getattr(config, "_name_or_path", "") or type(hf_model).__name__
-    config.architectures = config.architectures or [type(hf_model).__name__]  # by which the bridge chooses its adapter
-    set_attention: Any = twin.set_attn_implementation
-    set_attention("eager")  # hooks on attention scores need it; older bridges leave the choice to the model
-    device = next(hf_model.parameters()).device
-    dtype = next(hf_model.parameters()).dtype
+def _open_object(model: Any, tokenizer: Any, backend: str) -> Model:
+    """A model object as it is, or in the backend that is asked for."""
+    if isinstance(model, HuggingFaceModel):
+        if tokenizer is None and backend != "transformer_lens":
+            return model
+        chosen = "transformer_lens" if backend == "transformer_lens" else "huggingface"
+        return _open_object(model.original_model, tokenizer or model.tokenizer, chosen)
+    if is_bridge(model):
+        return _open_bridge(model, backend)
+    admit_object(model)
+    name = getattr(model.config, "_name_or_path", "") or type(model).__name__
     if tokenizer is None and not Path(name).is_dir():
         raise ValueError(
             f"A model object needs its tokenizer, got none and '{name}' is no folder. "
             "Pass `tokenizer=AutoTokenizer.from_pretrained(...)`."
         )
-    return _boot(name, local=True, hf_model=twin, tokenizer=tokenizer, device=device, dtype=dtype)
+    return _open(model, tokenizer or _load_tokenizer(name), name, backend, is_own=False)
+
+
+def _open_bridge(bridge: Any, backend: str) -> Model:
+    """A bridge as it is, or Hugging Face's modules in it, which share its weights."""
+    if backend != "huggingface":
+        try:
+            hook_points_of(bridge)
+        except BridgeError as error:
+            if backend != "auto":
+                raise
+            _tell(bridge.cfg.model_name, error)
+        else:
+            return bridge
+    if has_processed_weights(bridge):
+        raise ValueError(
+            "Hugging Face's modules need raw weights, got a bridge that has folded them. Load the model again."
+        )
+    return _open(strip(bridge.original_model)[0], bridge.tokenizer, bridge.cfg.model_name, "huggingface")
+
+
+def _open(hf_model: Any, tokenizer: Any, name: str, backend: str, *, is_own: bool = True) -> Model:
+    """A Hugging Face model in the backend that is asked for, or for "auto" in the first that computes what it does.
+
+    Args:
+        hf_model: the Hugging Face model.
+        tokenizer: its tokenizer.
+        name: its name or folder.
+        backend: one of `Backend`.
+        is_own: whether nobody else has the model, so that its attention may be computed in the fastest way.
+    """
+    reason: Exception | None = None
+    if backend != "huggingface":
+        try:
+            bridge = _wrap(hf_model, tokenizer, name)
+            hook_points_of(bridge)  # compares their logits
+            logger.info("%s runs through a TransformerBridge, whose logits are Hugging Face's.", Path(name).name)
+            return bridge
+        except (ValueError, ImportError) as error:
+            if backend != "auto":
+                raise
+            reason = error
+    model = HuggingFaceModel(hf_model, tokenizer, name)
+    if is_own:
+        _choose_attention(hf_model, make_probe(model))
+    hook_points_of(model)  # raises what is wrong with the model itself
+    if reason is not None:
+        _tell(name, reason)
+    return model
+
+
+def _tell(name: str, reason: Exception) -> None:
+    said = " ".join(str(reason).split())
+    logger.warning("%s runs on Hugging Face's own modules (backend='huggingface'): %s", Path(name).name, said)
+
+
+def _choose_attention(hf_model: Any, probe: Tensor) -> None:
+    """Fused attention, where it computes what the eager one does."""
+    set_attention(hf_model, "eager")
+    expected = run(hf_model, probe)
+    if not (set_attention(hf_model, "sdpa") and is_close(run(hf_model, probe), expected)):
+        set_attention(hf_model, "eager")
+
+
+def _load_tokenizer(name: str) -> Any:
+    """The tokenizer as it is, whereas the bridge would make it put BOS before every text; ValueError without one."""
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(name)
+
+
+@contextmanager
+def _named(name: str, local: bool) -> Iterator[None]:
+    """Context manager that turns any error of the libraries into a ValueError that begins with what was to be
+    loaded.
+    """
+    with _explained(
+        f"{'a model folder that can be read' if local else 'a Hub id that can be reached, or a folder'}", name
+    ):
+        yield
+
+
+@contextmanager
+def _explained(what: str, name: str) -> Iterator[None]:
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0].split(". ")[0]  # some messages are very long
+        raise ValueError(f"`name_or_path` must be {what}, got '{name}': {reason}") from error
+
+
+def _wrap(hf_model: Any, tokenizer: Any, name: str) -> Any:
+    """A bridge around a copy of the module tree, so that the Hugging Face model keeps its own modules."""
+    with uncollected():
+        from transformer_lens.model_bridge import TransformerBridge
+
+    warn_of_hooks(hf_model)
+    twin: Any = strip(hf_model)[0]
+    twin.config.architectures = twin.config.architectures or [type(hf_model).__name__]  # by which it finds its adapter
+    twin.set_attn_implementation("eager")  # hooks on attention scores need it; older bridges leave it to the model
+    weight = next(hf_model.parameters())
+    with (
+        offline(),
+        no_processes(),
+        no_copied_embeddings(),
+        torch.random.fork_rng(devices=[]),
+        _explained("a model that transformer_lens has a bridge for", name),
+    ):
+        bridge = TransformerBridge.boot_transformers(
+            name, hf_model=twin, tokenizer=copy_tokenizer(tokenizer, name), device=weight.device, dtype=weight.dtype
+        )
+    admit_tokenizer(bridge)
+    return bridge.eval()
 
 
 def tiny_model(
@@ -393,13 +351,20 @@ def tiny_model(
     >>> model.tokenizer.decode(model.tokenizer("a tin can", add_special_tokens=False)["input_ids"])
     'a tin can'
     """
+    return _wrap(*_make_tiny(architecture, d_model, n_layers, ctx_len, seed))
+
+
+def _make_tiny(
+    architecture: str = "llama", d_model: int = 32, n_layers: int = 3, ctx_len: int = 256, seed: int = 0
+) -> tuple[Any, Any, str]:
+    """The Hugging Face model of `tiny_model`, its tokenizer and its name."""
     tokenizer = _byte_tokenizer(("<|endoftext|>",) * 3 if architecture == "gpt2" else ("<s>", "</s>", "<pad>"))
     special = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
     sizes = {"vocab_size": len(tokenizer), "initializer_range": 0.1, **special}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         hf_model = _random_hf_model(architecture, d_model, n_layers, ctx_len, sizes)
-    return _wrap(hf_model.eval(), tokenizer, name=f"tiny-{architecture}-{d_model}x{n_layers}-seed{seed}")
+    return hf_model.eval(), tokenizer, f"tiny-{architecture}-{d_model}x{n_layers}-seed{seed}"
 
 
 def _random_hf_model(architecture: str, d_model: int, n_layers: int, ctx_len: int, sizes: dict[str, Any]) -> Any:
@@ -439,15 +404,18 @@ def _byte_tokenizer(special: tuple[str, str, str]) -> Any:
 
 
 class ModelDescription(NamedTuple):
-    """Name of a model, how its weights were processed, and versions of the libraries: what activations depend on."""
+    """Name of a model, how its weights were processed, versions of the libraries, and which of them runs it: what
+    activations depend on.
+    """
 
     name: str
     weight_processing: Processing
     versions: dict[str, str]
+    backend: str
 
 
-def describe_model(model: Model) -> ModelDescription:
-    """The model's name, weight processing and library versions, as recorded in the provenance of activations.
+def describe_model(model: AnyModel) -> ModelDescription:
+    """The model's name, weight processing, library versions and backend, as recorded in the provenance of activations.
 
     Of a local folder the name is its last part only, so that shared files do not reveal paths of the machine. "none"
     means raw Hugging Face weights; "folded" means that the bridge's compatibility mode folded and centered them, so
@@ -456,11 +424,14 @@ def describe_model(model: Model) -> ModelDescription:
     >>> sl.lm.describe_model(sl.lm.tiny_model()).weight_processing
     'none'
     """
+    model = as_model(model)
     versions = {name: _version(name) for name in ("saelab", "torch", "transformer-lens", "transformers")}
     name = str(model.cfg.model_name)
     if Path(name).parent == WORLD_MODELS:  # built-in models keep their name wherever the package is installed
         name = Path(name).name
-    return ModelDescription(shareable(name), "folded" if has_processed_weights(model) else "none", versions)
+    processing: Processing = "folded" if has_processed_weights(model) else "none"
+    backend = "huggingface" if isinstance(model, HuggingFaceModel) else "transformer_lens"
+    return ModelDescription(shareable(name), processing, versions, backend)
 
 
 def is_same_model(one: str, other: str) -> bool:

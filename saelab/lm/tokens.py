@@ -15,6 +15,7 @@ from torch import Tensor
 
 from saelab.lm.conversations import Conversation
 from saelab.lm.documents import Row, describe_source, find_rows, keep_rows, open_part
+from saelab.lm.huggingface import AnyModel, as_model
 from saelab.lm.model_checks import Model, find_context
 from saelab.lm.tokenizers import find_bos, find_special_ids
 from saelab.training.ranks import RankGrid
@@ -110,7 +111,7 @@ class Tokens:
 
 
 def tokenize(
-    model: Model,
+    model: AnyModel,
     texts: Any,
     ctx_len: int = 128,
     *,
@@ -158,6 +159,7 @@ def tokenize(
     >>> tokens.doc_ids.tolist()
     [[0, 0, 0, 0, 1, 1], [1, 1, -1, -1, -1, -1]]
     """
+    model = as_model(model)
     ranks = RankGrid.of(mesh)
     with ranks.together():
         _require_sizes(model, ctx_len, n_tokens)

@@ -8,6 +8,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from saelab.lm.hook_points import HookPoints, hook_points_of
+from saelab.lm.huggingface import AnyModel, as_model
 from saelab.lm.model_checks import Model, find_known_ids
 from saelab.lm.unwrapped import Site, attach, run_as_set, strip
 
@@ -43,23 +44,25 @@ class Unembedding:
 
     @classmethod
     @torch.no_grad()
-    def measure(cls, model: Model) -> "Unembedding":
+    def measure(cls, model: AnyModel) -> "Unembedding":
         """The unembedding of a model, measured by running its modules.
 
         Raises:
             ValueError: for a model without a final norm.
         """
+        model = as_model(model)
         home = hook_points_of(model)
         if "ln_final" not in home.components:
             raise ValueError(
-                f"Direct effects need a norm behind the last block, got a {type(home.bridged).__name__} without one. "
+                f"Direct effects need a norm behind the last block, got a {type(home.trees[0]).__name__} without one. "
                 "Use `sl.interventions.attribute`, or steer along the direction."
             )
         with home.aside():  # without the user's hooks and edits
             running, (site, _) = home.route(["ln_final.hook_out", "unembed.hook_out"])
-            parts = [home.components[name] for name in ("ln_final", "unembed")]
-            # Twins of the twins, with the same weights: hooks that others put on the model are not on them.
-            norm, head = (strip(home.twins[part])[0] for part in parts) if running is home.plain else parts
+            _require_at_end(home, f"blocks.{model.cfg.n_layers - 1}.hook_out")
+            names, is_plain = ("ln_final", "unembed"), running is home.plain
+            # Twins with the same weights: hooks that others put on the model are not on them.
+            norm, head = (strip(home.part(one))[0] if is_plain else home.components[one] for one in names)
             ones = torch.ones(1, 1, model.cfg.d_model).to(next(head.parameters()))
             centers = bool((norm(BIG * ones) - norm(0 * ones)).abs().amax() < 1e-3)  # the norm maps constants to 0
             factor = _find_factor(running, site, head, ones)
@@ -127,6 +130,27 @@ def _find_factor(running: nn.Module, norm: Site, head: nn.Module, x: Float[Tenso
     if not (factor * alone - true).norm() <= _tolerance(x) * true.norm():
         return None
     return factor.round() if (factor - factor.round()).abs() < 1e-6 else factor
+
+
+def _require_at_end(home: HookPoints, last: str) -> None:
+    """Raise ValueError where the final norm reads something else than the last block hands on."""
+    if last not in home.points:
+        return
+    running, sites = home.route([last, "ln_final.hook_in"])
+    seen: list[Tensor] = []
+    with attach(sites[0], lambda x: seen.append(x.double())), attach(sites[1], lambda x: seen.append(x.double())):
+        run_as_set(running, home.probe)
+    handed, read = seen[0], seen[-1]
+    near = handed.shape == read.shape
+    if near:
+        factor = (handed * read).sum() / handed.square().sum()
+        near = bool((factor * handed - read).norm() <= _tolerance(next(running.parameters())) * read.norm())
+    if not near:
+        raise ValueError(
+            "Direct effects need a final norm that reads what the last block hands on, got a "
+            f"{type(home.trees[0]).__name__}, which computes something else before it. Use "
+            "`sl.interventions.attribute`, or steer along the direction."
+        )
 
 
 def _draw_probe(x: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ tensor can be read from plain modules that share the bridge's parameters.
 """
 
 import copy
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -33,9 +34,10 @@ Site = tuple[nn.Module, str]
 
 def unwrap(module: nn.Module) -> nn.Module:
     """Hugging Face's own module behind the bridge's wrappers of it; any other module as it is."""
-    from transformer_lens.model_bridge.generalized_components.base import GeneralizedComponent
-
-    while isinstance(module, GeneralizedComponent) and module.original_component is not None:
+    parts = sys.modules.get("transformer_lens.model_bridge.generalized_components.base")
+    while (
+        parts is not None and isinstance(module, parts.GeneralizedComponent) and module.original_component is not None
+    ):
         module = module.original_component
     return module
 
@@ -83,29 +85,6 @@ def _copy_shell(module: nn.Module, configs: dict[int, Any]) -> nn.Module:
     if (config := vars(module).get("config")) is not None:
         new.__dict__["config"] = configs.setdefault(id(config), copy.deepcopy(config))
     return new
-
-
-def drop_hollow(bridge: Any) -> None:
-    """Set modules of a bridge's model back to None where the bridge put an empty wrapper.
-
-    Hugging Face's models test whether such a module is None: Granite's hybrids have rotary positions or none at all,
-    and the bridge's attention warns of missing rotary positions unless its configuration says that there are none.
-    """
-    from transformer_lens.model_bridge.generalized_components import RotaryEmbeddingBridge
-    from transformer_lens.model_bridge.generalized_components.base import GeneralizedComponent
-
-    hollow: list[nn.Module] = []
-    for module in list(bridge.original_model.modules()):
-        parts = {} if isinstance(module, GeneralizedComponent) else dict(module._modules)
-        for name, part in parts.items():
-            if isinstance(part, GeneralizedComponent) and part.original_component is None:
-                module._modules[name] = None
-                hollow.append(part)
-    if any(isinstance(part, RotaryEmbeddingBridge) for part in hollow):
-        configs = [bridge.cfg, *(vars(module).get("config") for module in bridge.modules())]
-        for config in configs:
-            if hasattr(config, "positional_embedding_type"):
-                config.positional_embedding_type = "none"
 
 
 def set_attention(model: nn.Module, implementation: str) -> bool:

@@ -9,10 +9,11 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from saelab.lm.hook_points import HookPoints, hook_points_of
+from saelab.lm.hook_points import BridgeHookPoints, HookPoints, hook_points_of
 from saelab.lm.hooks import capture, read_sites, to_model
-from saelab.lm.model_checks import Model, has_processed_weights, require_bridge
-from saelab.lm.unwrapped import Site, set_attention, strip
+from saelab.lm.huggingface import AnyModel, as_model
+from saelab.lm.model_checks import has_processed_weights
+from saelab.lm.unwrapped import Site, strip
 from saelab.stores.results import Result, format_table
 
 
@@ -21,7 +22,7 @@ class HookAgreement(Result):
     """Relative distance |x - h| / |h| between hooked activations x and Hugging Face's hidden states h, per hook point.
 
     In [0, inf), lower is better, 0 is bit-equal. `captured` is for the values that `capture` returns, `bridge` for
-    those in a forward pass of the bridge itself.
+    those in a forward pass of the bridge itself; 0 for a model without one.
     """
 
     hook_points: tuple[str, ...]
@@ -54,7 +55,7 @@ class HookAgreement(Result):
         return super().to_dict() | {"ok": self.ok}
 
 
-def verify_hooks(model: Model, ids: Int[Tensor, "batch ctx_len"] | None = None) -> HookAgreement:
+def verify_hooks(model: AnyModel, ids: Int[Tensor, "batch ctx_len"] | None = None) -> HookAgreement:
     """Distances between every residual hook point and the values between the layers of the plain Hugging Face model.
 
     Hugging Face's hidden states are the reference where one of them is of that place (families differ in whether they
@@ -68,7 +69,7 @@ def verify_hooks(model: Model, ids: Int[Tensor, "batch ctx_len"] | None = None) 
     >>> sl.lm.verify_hooks(sl.lm.tiny_model()).ok
     True
     """
-    require_bridge(model)
+    model = as_model(model)
     if has_processed_weights(model):
         raise ValueError(
             "`verify_hooks` needs raw weights, got a model whose weights were folded by `enable_compatibility_mode`. "
@@ -79,7 +80,9 @@ def verify_hooks(model: Model, ids: Int[Tensor, "batch ctx_len"] | None = None) 
     names = _find_residuals(home)
     truth = _find_truth(home, ids, names)
     captured = _distances(capture(model, ids, names), truth)
-    bridge = _distances(_read_bridge(home, ids, names), truth)
+    bridge = (0.0,) * len(names)
+    if isinstance(home, BridgeHookPoints):
+        bridge = _distances(read_sites(home.trees[0], home.bridge_sites(names), ids, stop=True), truth)
     return HookAgreement(
         hook_points=tuple(names),
         captured=captured,
@@ -87,16 +90,6 @@ def verify_hooks(model: Model, ids: Int[Tensor, "batch ctx_len"] | None = None) 
         tolerance=1e-4 if truth[names[0]].dtype == torch.float32 else 0.02,
         n_tokens=ids.numel(),
     )
-
-
-def _read_bridge(home: HookPoints, ids: Tensor, names: list[str]) -> dict[str, Tensor]:
-    """Activations in the bridge; empty tensors (infinite distance) where the bridge is known to fail."""
-    try:
-        return read_sites(home.bridged, {name: home.bridge_site(name) for name in names}, ids, stop=True)
-    except Exception:
-        if home.bridge_is_right:
-            raise
-        return {name: torch.zeros(0) for name in names}
 
 
 def _find_residuals(home: HookPoints) -> list[str]:
@@ -115,9 +108,8 @@ def _find_truth(home: HookPoints, ids: Tensor, names: list[str]) -> dict[str, Te
     """Residual stream in an unhooked copy of Hugging Face's modules: hidden states, or inputs and outputs of the
     layers.
     """
-    reference, twins = strip(home.bridged)
+    reference, twins = strip(home.trees[0])
     model: Any = reference
-    set_attention(model, home.attention)
     places = [name.rpartition(".") for name in names]
     sites: dict[str, Site] = {
         name: (twins[home.components[path]], side) for name, (path, _, side) in zip(names, places, strict=True)

@@ -17,6 +17,7 @@ from saelab.functional.statistics import auroc, balanced_accuracy, choose_thresh
 from saelab.interventions.edited_runs import ReadActivations
 from saelab.interventions.interventions import match_source
 from saelab.lm.hooks import find_hook_point, forward_size, logits, next_token_loss, replace_activations
+from saelab.lm.huggingface import AnyModel, as_model
 from saelab.lm.model_checks import Model
 from saelab.lm.token_labels import LabelsLike, TokenLabels
 from saelab.lm.tokens import Tokens
@@ -316,7 +317,7 @@ def _test(scores: np.ndarray, y: np.ndarray, is_train: np.ndarray) -> tuple[floa
 
 
 def erase_concept(
-    model: Model,
+    model: AnyModel,
     tokens: Tokens,
     labels: LabelsLike,
     concept: str,
@@ -375,6 +376,7 @@ def erase_concept(
     """
     if n_random < 0:
         raise ValueError(f"`n_random` must be at least 0, got {n_random}; use 0 for no random controls.")
+    model = as_model(model)
     given = TokenLabels.of(labels)
     require_shape(given.shape, tokens)
     point = _find_point(model, sae, hook_point, allow_mismatch)

@@ -9,6 +9,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from saelab.lm.hooks import capture, forward_size
+from saelab.lm.huggingface import AnyModel, as_model
 from saelab.lm.masks import TokenMask
 from saelab.lm.model_checks import Model
 from saelab.lm.token_labels import LabelsLike, pick_marks
@@ -33,7 +34,7 @@ class LabeledActivations:
 
 
 def collect_labeled(
-    model: Model,
+    model: AnyModel,
     tokens: Tokens,
     labels: LabelsLike | Bool[Tensor, "n_seq ctx_len"],
     hook_point: str,
@@ -70,6 +71,7 @@ def collect_labeled(
     """
     if n_tokens < 2:
         raise ValueError(f"`n_tokens` must be at least 2, one of each class, got {n_tokens}.")
+    model = as_model(model)
     marks = pick_marks(labels, concept)
     require_shape(marks.shape, tokens)
     keep = mask.apply(tokens).keep

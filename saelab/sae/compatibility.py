@@ -160,7 +160,7 @@ def find_mismatches(origin: Provenance, model: Model, hook_point: str, hook_poin
     places = [("hook point", origin.hook_point, hook_point)]
     if origin.hook_point_out is not None and hook_point_out is not None:
         places.append(("target", origin.hook_point_out, hook_point_out))
-    pairs += [place for place in places if place[1] not in known or known[place[1]] is not known[place[2]]]
+    pairs += [place for place in places if place[1] not in known or known[place[1]] != known[place[2]]]
     return _differ(pairs)
 
 

@@ -10,6 +10,7 @@ from saelab.collecting.harvesting import require_harvested
 from saelab.interventions.directions import Direction, make_random
 from saelab.interventions.interventions import Intervention, Mode, TokenSelection, Unit
 from saelab.lm.generation import generate
+from saelab.lm.huggingface import AnyModel, as_model
 from saelab.lm.model_checks import Model, find_context
 from saelab.lm.tokenizers import find_special_ids
 from saelab.lm.tokens import PADDING, Tokens
@@ -26,7 +27,7 @@ OWN_TEXTS, OWN_TOKENS = 128, 60
 
 
 def steering_baselines(
-    model: Model,
+    model: AnyModel,
     sae: SAE,
     feature: int,
     concept: TokenConcept,
@@ -77,6 +78,7 @@ def steering_baselines(
     >>> list(steering_baselines(model, sae, 3, TokenConcept("i", (int(tokens.ids[0, 4]),)), tokens, hook_point=point))
     ['feature 3', 'means', 'probe', 'random']
     """
+    model = as_model(model)
     own = Intervention(
         sae, {feature: 1.0}, mode, where, unit, store, hook_point=hook_point, allow_mismatch=allow_mismatch
     )

@@ -41,6 +41,7 @@ from saelab.lm.continuations import Continuations, read_continuations
 from saelab.lm.conversations import Prompts
 from saelab.lm.documents import list_prompts
 from saelab.lm.generation import SAMPLING, Generated, Generation, SamplingConfig, generate
+from saelab.lm.huggingface import AnyModel, as_model
 from saelab.lm.model_checks import Model
 from saelab.lm.tokenizers import find_special_ids
 from saelab.sae.sae import SAE
@@ -259,7 +260,7 @@ def _grams(ids: Sequence[int], n: int) -> list[tuple[int, ...]]:
 
 @torch.no_grad()
 def steering_curve(
-    model: Model,
+    model: AnyModel,
     sources: Mapping[str, SteeringSource],
     concept: ConceptLike,
     prompts: Prompts,
@@ -315,6 +316,7 @@ def steering_curve(
     >>> curve.values("lift").tolist(), curve.values("kl").tolist()
     ([0.0, 0.0], [0.0, 0.0])
     """
+    model = as_model(model)
     target = concept_from_words(model, concept)
     rest = make_concepts(model, others or {})
     if rest and not all(isinstance(one, TokenConcept) for one in [target, *rest]):

@@ -15,6 +15,7 @@ from saelab.functional.screening import largest_first
 from saelab.interventions.edited_runs import EditedRuns
 from saelab.interventions.interventions import Intervention
 from saelab.interventions.prompt_metrics import Texts, read_last, read_texts
+from saelab.lm.huggingface import AnyModel, as_model
 from saelab.lm.model_checks import Model, find_known_ids
 from saelab.lm.tokenizers import token_strings
 from saelab.lm.unembedding import read_out
@@ -104,7 +105,7 @@ class OutputScores(Result):
 
 @torch.no_grad()
 def output_scores(
-    model: Model,
+    model: AnyModel,
     sae: SAE,
     store: FeatureStore,
     features: FeatureIds | None = None,
@@ -150,6 +151,7 @@ def output_scores(
             width than the residual stream's, and an SAE of another model, weight processing or hook point (unless
             `allow_mismatch`).
     """
+    model = as_model(model)
     everything = range(sae.cfg.d_sae)
     wanted = np.array(read_features(everything if features is None else features, sae.cfg.d_sae), np.int64)
     require_harvested(store, sae)

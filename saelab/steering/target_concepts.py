@@ -6,6 +6,7 @@ from difflib import get_close_matches
 from typing import Any, TypeAlias
 
 from saelab.lm.documents import list_prompts
+from saelab.lm.huggingface import AnyModel, as_model
 from saelab.lm.model_checks import Model
 from saelab.lm.tokenizers import find_special_ids, token_strings
 from saelab.synthetic.lexicon import MOODS
@@ -37,7 +38,7 @@ ConceptLike: TypeAlias = TargetConcept | str | Iterable[str] | Callable[[list[st
 
 
 def concept_from_words(
-    model: Model, target: ConceptLike, name: str = "", *, first_token: bool = False
+    model: AnyModel, target: ConceptLike, name: str = "", *, first_token: bool = False
 ) -> TargetConcept:
     """The target concept for a list of words or a scoring function.
 
@@ -58,6 +59,7 @@ def concept_from_words(
     >>> concept_from_words(sl.lm.tiny_model(), "a,b").ids
     (35, 36, 67, 68)
     """
+    model = as_model(model)
     return make_concepts(model, {name: target}, first_token=first_token)[0]
 
 
@@ -81,7 +83,7 @@ def make_concepts(
     return found
 
 
-def synthetic_concept(model: Model, name: str) -> TokenConcept:
+def synthetic_concept(model: AnyModel, name: str) -> TokenConcept:
     """A concept of the synthetic stories (`tales`) as the words that always mean it; for a model of their vocabulary.
 
     ValueError for an unknown concept, and for one that no word means by itself.
@@ -90,6 +92,7 @@ def synthetic_concept(model: Model, name: str) -> TokenConcept:
     >>> len(concept.ids)
     3
     """
+    model = as_model(model)
     if name not in CONCEPT_IDS:
         raise ValueError(f"`name` must be a concept of tales, got '{name}'; near it are {_near(name, CONCEPT_IDS)}.")
     words = [word for kind in MOODS.get(name, {}).values() for word in kind.split()]

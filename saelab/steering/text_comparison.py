@@ -16,6 +16,7 @@ from saelab.interventions.steering_hooks import steer_all
 from saelab.lm.continuations import Continuations, read_continuations
 from saelab.lm.conversations import Prompts
 from saelab.lm.generation import SAMPLING, Generated, Generation, SamplingConfig, StreamedToken, generate
+from saelab.lm.huggingface import AnyModel, as_model
 from saelab.lm.model_checks import Model
 from saelab.lm.tokenizers import spell
 from saelab.steering.dose_response import describe_intervention
@@ -105,7 +106,7 @@ class GenerationComparison(Result):
 
 @torch.no_grad()
 def compare_generations(
-    model: Model,
+    model: AnyModel,
     interventions: Intervention | Sequence[Intervention] | Mapping[str, Intervention | Sequence[Intervention]],
     prompts: Prompts,
     n_tokens: int = 50,
@@ -141,6 +142,7 @@ def compare_generations(
     >>> texts.rows[0].kl, texts.rows[0].steered["steered"].text == texts.rows[0].unsteered.text
     ({'steered': 0.0}, True)
     """
+    model = as_model(model)
     named = interventions if isinstance(interventions, Mapping) else {"steered": interventions}
     blocks = {name: [one] if isinstance(one, Intervention) else list(one) for name, one in named.items()}
     if not blocks or UNSTEERED in blocks:

@@ -403,18 +403,20 @@ class Provenance:
     "Dtype of the language model's products under `torch.autocast`, where that was used."
     pooling: str | None = None
     "How the vectors of a document's tokens became its row, where rows are documents; None where they are tokens."
+    backend: str | None = None
+    "What ran the language model: transformer_lens or huggingface, whose numbers are the same up to rounding."
     sources: dict[str, dict[str, Any]] | None = None
     "Provenance of each source by name, where several are joined; the other fields are those of the first."
 
     def to_dict(self) -> dict[str, Any]:
-        """The fields as JSON values, without local paths; those of a second hook point, of autocast, pooling and
-        several sources only where there are any.
+        """The fields as JSON values, without local paths; those of a second hook point, of autocast, pooling, the back
+        end and several sources only where there are any.
         """
         plain = asdict(self) | {"model": shareable(self.model), "text": shareable(self.text)}
         if self.hook_point_out is None:
             del plain["hook_point_out"], plain["median_norm_out"]
         plain["model_sketch"] = None if self.model_sketch is None else list(self.model_sketch)  # as after JSON
-        for name in ("model_sketch", "autocast", "pooling", "sources"):
+        for name in ("model_sketch", "autocast", "backend", "pooling", "sources"):
             if plain[name] is None:
                 del plain[name]
         return plain

@@ -17,6 +17,7 @@ from torch import Tensor
 from saelab.collecting.reader import make_text, text_of
 from saelab.functional.indices import find_runs, move_blocks
 from saelab.functional.metrics import exact
+from saelab.lm.huggingface import AnyModel, as_model
 from saelab.lm.model_checks import Model
 from saelab.lm.tokens import Tokens
 from saelab.sae.compatibility import mask_of
@@ -91,7 +92,7 @@ class _LocatedRows:
 def align_activations(
     a: Activations,
     b: Activations,
-    models: tuple[Model, Model],
+    models: tuple[AnyModel, AnyModel],
     *,
     tokens: tuple[Tokens, Tokens] | None = None,
     match: PairRule = "ends",
@@ -118,6 +119,7 @@ def align_activations(
     >>> len(align_activations(acts, acts, (model, model))) == len(acts)
     True
     """
+    models = as_model(models[0]), as_model(models[1])
     if match not in get_args(PairRule):
         raise ValueError(f"`match` must be one of {get_args(PairRule)}, got '{match}'.")
     given = tokens or (None, None)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from saelab.functional.statistics import auroc, fit_probe
 from saelab.lm.hooks import capture, forward_size, logits, next_token_loss, replace_activations
+from saelab.lm.huggingface import AnyModel, as_model
 from saelab.lm.model_checks import Model
 from saelab.lm.token_labels import LabelsLike, TokenLabels
 from saelab.lm.tokenizers import token_strings
@@ -362,8 +363,8 @@ class _Probes:
 
 # ---- heads
 def stitch_heads(
-    model_a: Model,
-    model_b: Model,
+    model_a: AnyModel,
+    model_b: AnyModel,
     tokens: Tokens,
     *,
     hook_points: tuple[str, str] | None = None,
@@ -392,6 +393,8 @@ def stitch_heads(
     Raises:
         ValueError: for models of different vocabularies, too few tokens, and hook points that do not exist.
     """
+    model_a = as_model(model_a)
+    model_b = as_model(model_b)
     _require_one_vocabulary(model_a, model_b, tokens)
     models = (model_a, model_b)
     at = hook_points or tuple(f"blocks.{one.cfg.n_layers - 1}.hook_resid_post" for one in models)

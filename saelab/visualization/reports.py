@@ -24,6 +24,7 @@ from saelab.evaluation.results import ROWS, Evaluation
 from saelab.functional.indices import FeatureIds, read_features
 from saelab.labels.label import Label, join_texts, main_score
 from saelab.labels.label_store import LabelStore
+from saelab.lm.huggingface import AnyModel, as_model
 from saelab.sae.compatibility import match_weights
 from saelab.stores.feature_store import FeatureStore
 from saelab.stores.files import is_empty, replace_folder, settle, to_json, write_atomic
@@ -226,7 +227,7 @@ class Report(Result):
 def report(
     store: FeatureStore,
     out: str | Path,
-    model: "Model | None" = None,
+    model: AnyModel | None = None,
     labels: Mapping[int, str] | LabelStore | None = None,
     features: FeatureIds | None = None,
     *,
@@ -268,6 +269,7 @@ def report(
             report, or another process is writing there.
         TimeoutError, PermissionError: as in `LabelStore`.
     """
+    model = model if model is None else as_model(model)
     everything = range(store.d_sae)
     wanted = list(dict.fromkeys(read_features(everything if features is None else features, store.d_sae)))
     _check(store, wanted, sae, model, prompts)

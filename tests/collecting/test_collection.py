@@ -12,7 +12,7 @@ import pytest
 import torch
 from processes import Child
 
-from saelab.collecting import reader, writers
+from saelab.collecting import collection, reader, writers
 from saelab.collecting.collection import collect
 from saelab.lm.hooks import capture
 from saelab.lm.masks import TokenMask
@@ -345,7 +345,8 @@ def collect_made_up(folder: Path, slow: float) -> None:
 
     reader.capture, reader.find_hook_point = forward, lambda model, name: name
     reader.make_captures = lambda *_: []
-    reader.describe_model = lambda model: SimpleNamespace(name="m", weight_processing="none", versions={})
+    reader.as_model = collection.as_model = lambda model: model
+    reader.describe_model = lambda _: SimpleNamespace(name="m", weight_processing="none", versions={}, backend=None)
     model = torch.nn.Linear(1, 8)
     model.weight = torch.nn.Parameter(torch.arange(1.0, 9.0), requires_grad=False)
     torch.nn.init.zeros_(model.bias)

@@ -246,12 +246,12 @@ def test_nothing_is_changed_by_looking(tiny, own_words) -> None:
     assert sae.threshold is not None
     sae.threshold.fill_(0.3)
     before = {name: value.clone() for name, value in sae.state_dict().items()}
-    weights = {name: value.clone() for name, value in tiny.state_dict().items()}
+    weights = {name: value.clone() for name, value in tiny.named_parameters()}
     clean, random = logits(tiny, own_words.ids), torch.random.get_rng_state()
     a, b = run(sae, tiny, own_words), run(sae, tiny, own_words)
     assert a == b
     assert all(torch.equal(value, before[name]) for name, value in sae.state_dict().items())
-    assert all(torch.equal(value, weights[name]) for name, value in tiny.state_dict().items())
+    assert all(torch.equal(value, weights[name]) for name, value in tiny.named_parameters())
     assert torch.equal(torch.random.get_rng_state(), random)
     assert torch.equal(logits(tiny, own_words.ids), clean)
     assert sae.training

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 import saelab as sl
 from saelab.lm.generation import GREEDY
 from saelab.lm.hook_points import hook_points_of
+from saelab.lm.huggingface import HuggingFaceModel
 from saelab.lm.model_checks import Model
 from saelab.lm.models import _byte_tokenizer
 
@@ -29,9 +30,11 @@ class Wrong(AssertionError):
 class Family:
     """A random Hugging Face model, and saelab's of the same weights."""
 
-    def __init__(self, theirs: Any) -> None:
+    def __init__(self, theirs: Any, backend: str = "auto") -> None:
         self.theirs = theirs
-        self.model: Model = sl.load_model(theirs, tokenizer=_byte_tokenizer(("<s>", "</s>", "<pad>")))
+        # A plain model would be the object itself: hooks and settings of the one must not be felt by the other.
+        given = theirs if backend == "transformer_lens" else copy.deepcopy(theirs)
+        self.model: Model = sl.load_model(given, tokenizer=_byte_tokenizer(("<s>", "</s>", "<pad>")), backend=backend)
         self.ids = torch.randint(3, 250, (2, 12), generator=torch.Generator().manual_seed(1))
         self._take_eager_attention()
 
@@ -45,6 +48,8 @@ class Family:
         self.theirs.set_attn_implementation("eager")
         if (self.run(self.ids) - fused).abs().max() <= 1e-4 * fused.abs().max():
             self.theirs.set_attn_implementation(given)
+        elif isinstance(self.model, HuggingFaceModel):  # computes as its owner has chosen
+            self.model.original_model.set_attn_implementation("eager")
 
     @property
     def blocks(self) -> list[str]:
@@ -62,6 +67,17 @@ class Family:
     def point(self) -> str:
         """Behind block 1."""
         return f"{self.blocks[1]}.hook_out"
+
+    @property
+    def width(self) -> int | None:
+        """Width of what block 1 hands on, where that is one vector a token."""
+        seen: list[Tensor] = []
+        try:
+            with self.by_hand(lambda x: seen.append(x) or x):
+                self.run(self.ids)
+        except (StopIteration, KeyError):
+            return None
+        return seen[0].shape[-1] if seen and seen[0].ndim == 3 else None
 
     def run(self, ids: Tensor) -> Tensor:
         with torch.no_grad():
@@ -99,6 +115,23 @@ class Family:
         with self.module(self.blocks[block]).register_forward_hook(hook):
             yield
 
+    @contextmanager
+    def hooked(self, edit: Edit) -> Iterator[None]:
+        """The edit on what block 1 hands on, by a hook of the user's on saelab's model."""
+        if not isinstance(self.model, HuggingFaceModel):
+            self.model.hook_dict[self.point].add_hook(lambda x, hook: edit(x))
+            try:
+                yield
+            finally:
+                self.model.reset_hooks()
+            return
+
+        def hook(_module: Any, _args: Any, out: Any) -> Any:
+            return type(out)([edit(out[0]), *out[1:]]) if isinstance(out, tuple | list) else edit(out)
+
+        with hook_points_of(self.model).components[self.blocks[1]].register_forward_hook(hook):
+            yield
+
     def watch(self, modules: dict[str, nn.Module], ids: Tensor) -> dict[str, Tensor]:
         """The first tensor that comes out of Hugging Face's own modules, where that is one vector a token."""
         seen: dict[str, Tensor] = {}
@@ -121,6 +154,17 @@ class Family:
                 stack.enter_context(module.register_forward_hook(keep(name)))
             self.run(ids)
         return seen
+
+    def is_text(self, found: list[tuple[int, ...]], expected: list[tuple[int, ...]]) -> bool:
+        """Whether greedy texts are the expected ones, up to where two tokens are equally likely but for rounding."""
+        return all(self._is_one(*pair) for pair in zip(found, expected, strict=True))
+
+    def _is_one(self, found: tuple[int, ...], expected: tuple[int, ...]) -> bool:
+        at = next((i for i, pair in enumerate(zip(found, expected, strict=True)) if pair[0] != pair[1]), None)
+        if at is None:
+            return True
+        logits = self.run(torch.tensor([expected[:at]]))[0, -1]
+        return bool(logits[expected[at]] - logits[found[at]] < 1e-5 * (logits.max() - logits.min()))
 
     def write(self, prompt: str, n: int = N) -> tuple[int, ...]:
         """Greedy text of Hugging Face's forwards over the whole text, without any cache."""

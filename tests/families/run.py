@@ -11,22 +11,23 @@ import warnings
 from importlib.metadata import version
 from multiprocessing import TimeoutError, get_context
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
-from family import Family, Wrong
-from table import VARIANTS, build, list_architectures
+from family import WIDTH, Family, Wrong
+from table import VARIANTS, build, list_architectures, list_unbridged
 from uses import USES
 
 import saelab
-from saelab.lm.models import no_processes
+from saelab.lm.loading_guards import no_processes
+from saelab.lm.models import Backend
 
 PAGE = Path(__file__).parents[2] / "docs" / "supported_models.md"
 SAELAB = Path(saelab.__file__).parent
 MARKS = {"right": "yes", "refused": "refused", "wrong": "WRONG"}
 
 
-def judge(name: str) -> dict[str, tuple[str, str]]:
+def judge(name: str, backend: str = "auto") -> dict[str, tuple[str, str]]:
     """Verdict and reason of each use; of "loading" alone where that ends it, and of nothing for what is untested.
 
     What was warned of on the way stands beside them as "warned".
@@ -37,17 +38,19 @@ def judge(name: str) -> dict[str, tuple[str, str]]:
         return {"untested": ("untested", _line(error))}
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
-        found = _use(theirs)
+        found = _use(theirs, backend)
     told = dict.fromkeys(f"{one.category.__name__}: {_shorten(str(one.message))}" for one in said)
     return found | ({"warned": ("warned", "; ".join(told))} if told else {})
 
 
-def _use(theirs: Any) -> dict[str, tuple[str, str]]:
+def _use(theirs: Any, backend: str) -> dict[str, tuple[str, str]]:
     try:
         with no_processes():
-            family = Family(theirs)
+            family = Family(theirs, backend)
     except Exception as error:
         return {"loading": (_tell(error), _line(error))}
+    if (width := family.width) not in (None, WIDTH):
+        return {"untested": ("untested", f"its blocks hand on vectors of width {width}, the edits have {WIDTH}")}
     found = {}
     for use, check in USES.items():
         try:
@@ -136,14 +139,15 @@ def main() -> int:
     parser.add_argument("--only", nargs="*")
     parser.add_argument("--page", type=Path, default=PAGE)
     parser.add_argument("--seconds", type=float, default=3600.0, help="families that take longer are untested")
+    parser.add_argument("--backend", choices=get_args(Backend), default="auto")
     parser.add_argument("--workers", type=int, default=2)
     options = parser.parse_args()
     _be_quiet()
-    names, begin = options.only or [*list_architectures(), *VARIANTS], time.monotonic()
+    names, begin = options.only or [*list_architectures(), *list_unbridged(), *VARIANTS], time.monotonic()
     left = {"untested": ("untested", "the run was ended before it")}
     found = dict.fromkeys(names, left)
     with get_context("fork").Pool(options.workers) as pool:
-        waiting = {name: pool.apply_async(judge, (name,)) for name in names}
+        waiting = {name: pool.apply_async(judge, (name, options.backend)) for name in names}
         for name, result in waiting.items():
             try:
                 found[name] = result.get(max(0.01, options.seconds - (time.monotonic() - begin)))

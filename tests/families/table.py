@@ -1,4 +1,4 @@
-"""Tiny random models of every causal architecture that the installed transformers and transformer_lens both know."""
+"""Tiny random models of every causal architecture that the installed transformers knows."""
 
 from typing import Any
 
@@ -123,6 +123,17 @@ def list_architectures() -> list[str]:
         for entry in mapping.values():
             names |= {entry} if isinstance(entry, str) else set(entry)
     return sorted(names & set(SUPPORTED_ARCHITECTURES), key=lambda name: ("ConditionalGeneration" in name, name))
+
+
+def list_unbridged() -> list[str]:
+    """The names of text models that transformers has and transformer_lens has not."""
+    from transformer_lens.factories.architecture_adapter_factory import SUPPORTED_ARCHITECTURES
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as KNOWN
+
+    names: set[str] = set()
+    for entry in KNOWN.values():
+        names |= {entry} if isinstance(entry, str) else set(entry)
+    return sorted(names - set(SUPPORTED_ARCHITECTURES))
 
 
 def build(name: str) -> Any:

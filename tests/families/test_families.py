@@ -1,10 +1,12 @@
 """Families that differ most, in every use; `make families` has all of them."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 from family import Family, same, texts_of
 from run import judge
-from table import build, list_architectures
+from table import build, list_architectures, list_unbridged
 from uses import USES
 
 import saelab as sl
@@ -22,11 +24,19 @@ SOME = {
 
 def test_the_registries_are_read() -> None:
     assert set(SOME.values()) < set(list_architectures()) and len(list_architectures()) > 50
+    assert "BioGptForCausalLM" in list_unbridged() and not set(list_unbridged()) & set(list_architectures())
 
 
-@pytest.mark.parametrize("kind", SOME)
-def test_a_family_is_right_in_every_use(kind: str) -> None:
-    found = judge(SOME[kind])
+def test_a_family_without_a_bridge_is_right_in_every_use() -> None:
+    found = judge("BioGptForCausalLM")
+    assert set(found) == set(USES) and {verdict for verdict, _ in found.values()} == {"right"}, found
+
+
+@pytest.mark.parametrize(
+    ("kind", "backend"), [*((kind, "auto") for kind in SOME), ("hybrid", "huggingface"), ("longrope", "huggingface")]
+)
+def test_a_family_is_right_in_every_use(kind: str, backend: str) -> None:
+    found = judge(SOME[kind], backend)
     # transformer-lens 3.9 warns of hook points of pictures, which no text-only use reads
     warned = found.pop("warned", ("warned", ""))[1]
     assert not warned.replace("UserWarning: Hook alias", "", 1) or warned.startswith("UserWarning: Hook alias")
@@ -38,16 +48,15 @@ def test_what_a_model_noted_of_a_picture_does_not_reach_a_text() -> None:
     if (name := "Qwen3VLForConditionalGeneration") not in list_architectures():
         pytest.skip("this transformer_lens has no bridge for it")
     family = Family(build(name))
-    expected, point = family.write("Hello you"), family.model.hook_dict[family.point]
-    for hook in (None, lambda x, hook: None):  # without a hook the plain twin runs, with one the bridge
-        if hook:
-            point.add_hook(hook)
-        assert texts_of(family, ["Hello you"]) == [expected]
-        running, _ = hook_points_of(family.model).route([])
-        noting = [module for module in running.modules() if hasattr(module, "rope_deltas")]
-        assert len(noting) == 1
-        noting[0].rope_deltas = torch.tensor([[5]])
-        assert texts_of(family, ["Hello you"]) == [expected]
+    expected = family.write("Hello you")
+    for hooked in (False, True):  # without a hook a bridge's plain twin runs, with one the bridge
+        with family.hooked(lambda x: x) if hooked else nullcontext():
+            assert texts_of(family, ["Hello you"]) == [expected]
+            running, _ = hook_points_of(family.model).route([])
+            noting = [module for module in running.modules() if hasattr(module, "rope_deltas")]
+            assert len(noting) == 1
+            noting[0].rope_deltas = torch.tensor([[5]])
+            assert texts_of(family, ["Hello you"]) == [expected]
 
 
 def test_hooks_that_lead_to_other_modules_lead_to_the_copies() -> None:

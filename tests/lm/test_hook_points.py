@@ -1,6 +1,7 @@
 """Hook points of families that lay things out in their own way, and of bridges that are not right."""
 
 import gc
+import re
 import warnings
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch import Tensor
 import saelab as sl
 from saelab.lm.hook_points import hook_points_of, share_weights
 from saelab.lm.hooks import capture, logits, replace_activations
+from saelab.lm.huggingface import HuggingFaceModel
 from saelab.lm.models import load_model, tiny_model
 from saelab.lm.verification import verify_hooks
 
@@ -60,7 +62,7 @@ def test_hooks_agree_in_families_that_count_hidden_states_otherwise(family: str)
     assert hook_points_of(model).plain is not None
 
 
-def test_parts_that_a_model_has_not_stay_away() -> None:
+def test_parts_that_a_model_has_not_stay_away(caplog: pytest.LogCaptureFixture) -> None:
     """transformer_lens puts a wrapper of nothing where Granite's hybrids without positions have no rotary part."""
     layers = {"layer_types": ["mamba", "attention"], "num_local_experts": 2, "num_experts_per_tok": 1}
     mixer = {"mamba_n_heads": 4, "mamba_d_head": 16, "mamba_d_state": 8, "mamba_chunk_size": 8}
@@ -68,7 +70,8 @@ def test_parts_that_a_model_has_not_stay_away() -> None:
     hf_model, model = random_model(
         "GraniteMoeHybridForCausalLM", "GraniteMoeHybridConfig", hidden_size=32, shared_intermediate_size=32, **sizes
     )
-    assert hf_model.model.rotary_emb is None and model.original_model.model.rotary_emb is None
+    assert model.original_model is hf_model and hf_model.model.rotary_emb is None
+    assert "runs on Hugging Face's own modules" in caplog.text and "Original component not set" in caplog.text
     with torch.no_grad():
         assert torch.equal(logits(model, some_ids()), hf_model(some_ids(), use_cache=False).logits)
     assert verify_hooks(model).ok
@@ -131,58 +134,62 @@ def test_an_edit_that_the_model_does_not_feel_is_refused() -> None:
         assert not torch.allclose(logits(model, ids), model(ids) * 0, atol=1e-3)
 
 
-def test_where_the_bridge_is_wrong_hugging_face_is_right() -> None:
-    """A bridge whose MLP does something else says so once, and its numbers are not taken."""
-    model = tiny_model()
-    ids = some_ids()
-    expected = logits(model, ids), capture(model, ids, [POST])[POST]
-    wrong = tiny_model()
+def break_bridge(wrong: Any) -> None:
     mlp, right = wrong.blocks[1].mlp, wrong.blocks[1].mlp.forward
     object.__setattr__(mlp, "forward", lambda *args, **kwargs: 1.5 * right(*args, **kwargs))
-    with pytest.warns(UserWarning, match="away from Hugging Face's"):
-        assert torch.equal(logits(wrong, ids), expected[0])
-    assert torch.equal(capture(wrong, ids, [POST])[POST], expected[1])
-    with replace_activations(wrong, {POST: torch.zeros_like}), replace_activations(model, {POST: torch.zeros_like}):
-        assert torch.equal(logits(wrong, ids), logits(model, ids))
-    with pytest.raises(ValueError, match=r"'blocks\.1\.attn\.hook_pattern'"):
-        capture(wrong, ids, ["blocks.1.attn.hook_pattern"])
-    wrong.blocks[0].hook_out.add_hook(lambda x, hook: None)
-    with pytest.raises(ValueError, match="hooks on it"):
-        logits(wrong, ids)
 
 
-def test_where_the_bridge_fails_hugging_face_is_right() -> None:
-    """As transformer_lens 4.3's of CodeGen does with transformers 5.24; hooks of the bridge's own are refused."""
-    hf_model, model = random_model("LlamaForCausalLM", "LlamaConfig", hidden_size=32, **LLAMA_LIKE)
+def fail_bridge(wrong: Any) -> None:
+    """As transformer_lens 4.3's of CodeGen does with transformers 5.24."""
 
     def fail(*_: Any, **__: Any) -> None:
         raise AttributeError("no attribute 'embed_positions'")
 
-    vars(model.blocks[0])["forward"] = fail  # set as an attribute it would go to Hugging Face's module
-    with torch.no_grad(), pytest.warns(UserWarning, match="this one fails .AttributeError: no attribute 'embed_positi"):
-        assert torch.equal(logits(model, some_ids()), hf_model(some_ids(), use_cache=False).logits)
-    found = verify_hooks(model)
-    assert not found.ok and max(found.captured) < 1e-4 and min(found.bridge) == float("inf")
-    with (
-        sl.steer(model, sl.Direction(torch.ones(32), POST), 1.0),
-        pytest.raises(ValueError, match="Steering follows a bri"),
-    ):
-        model.original_model(some_ids())
-    with pytest.raises(ValueError, match="Hugging Face's modules where the bridge computes"):
-        capture(model, some_ids(), ["blocks.0.attn.hook_pattern"])
+    vars(wrong.blocks[0])["forward"] = fail  # set as an attribute it would go to Hugging Face's module
 
 
-def test_only_causal_models_behind_a_bridge() -> None:
+@pytest.mark.parametrize(
+    ("spoil", "reason"),
+    [
+        (break_bridge, "bridge's logits are .* away from Hugging Face's"),
+        (fail_bridge, "this one fails .AttributeError: no attribute 'embed_positions'"),
+    ],
+)
+def test_where_the_bridge_is_wrong_hugging_face_is_right(
+    spoil: Any, reason: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A bridge that does something else, or nothing, is refused; opened again its modules are Hugging Face's."""
+    model, wrong = tiny_model(), tiny_model()
+    ids = some_ids()
+    expected = logits(model, ids), capture(model, ids, [POST])[POST]
+    spoil(wrong)
+    for use in (lambda: logits(wrong, ids), lambda: load_model(wrong, backend="transformer_lens")):
+        with pytest.raises(ValueError, match=reason):
+            use()
+    found = load_model(wrong)
+    assert isinstance(found, HuggingFaceModel) and re.search(
+        f"runs on Hugging Face's own modules.*{reason}", caplog.text
+    )
+    assert torch.equal(logits(found, ids), expected[0]) and torch.equal(capture(found, ids, [POST])[POST], expected[1])
+    with replace_activations(found, {POST: torch.zeros_like}), replace_activations(model, {POST: torch.zeros_like}):
+        assert torch.equal(logits(found, ids), logits(model, ids))
+    with pytest.raises(ValueError, match=r"'blocks\.1\.attn\.hook_pattern'.*backend='transformer_lens'"):
+        capture(found, ids, ["blocks.1.attn.hook_pattern"])
+    assert verify_hooks(found).ok
+
+
+def test_only_causal_models() -> None:
+    from transformer_lens.model_bridge import TransformerBridge
     from transformers import BertConfig, BertForMaskedLM
 
-    with pytest.raises(TypeError, match="LlamaForCausalLM"):
-        capture(random_model("LlamaForCausalLM", "LlamaConfig", hidden_size=32, **LLAMA_LIKE)[0], some_ids(), [POST])
     bert = BertForMaskedLM(BertConfig(vocab_size=259, hidden_size=32, **LLAMA_LIKE)).eval()
-    from transformer_lens.model_bridge import TransformerBridge
-
     bridge = TransformerBridge.boot_transformers("bert", hf_model=bert, tokenizer=tiny_model().tokenizer, device="cpu")
     with pytest.raises(ValueError, match="earlier tokens only, got BertForMaskedLM"):
         capture(bridge, some_ids(), ["blocks.1.hook_out"])
+    with pytest.raises(ValueError, match=r"got an encoder \(BertForMaskedLM"):
+        capture(bert, some_ids(), ["blocks.1.hook_out"])
+    with pytest.raises(TypeError, match="causal Hugging Face model, got a Linear"):
+        capture(torch.nn.Linear(2, 2), some_ids(), [POST])
 
 
 def test_folding_that_changes_predictions_is_refused(tmp_path: Any) -> None:

@@ -143,16 +143,20 @@ def test_other_objects_are_named(thing: Any) -> None:
         load_model(thing)
 
 
-def test_only_what_load_model_returns_is_a_model() -> None:
-    plain, ids = llama(), some_ids()
+def test_what_is_no_model_is_said_in_a_line() -> None:
+    ids, plain = some_ids(), llama()
     with unchecked():
-        for use in (
-            lambda: sl.lm.capture(plain, ids, ["a"]),
-            lambda: sl.tokenize(plain, ["a"]),
-            lambda: logits(plain, ids),
-        ):
-            with pytest.raises(TypeError, match=r"what `saelab.load_model` returns.*got a LlamaForCausalLM"):
-                use()
+        for wrong in ("tiny", torch.nn.Linear(2, 2), 3):
+            for use in (
+                lambda wrong=wrong: sl.lm.capture(wrong, ids, ["a"]),
+                lambda wrong=wrong: sl.tokenize(wrong, ["a"]),
+                lambda wrong=wrong: logits(wrong, ids),
+            ):
+                kind = type(wrong).__name__
+                with pytest.raises(TypeError, match=rf"what `saelab.load_model` returns, or a.*got a {kind}"):
+                    use()
+    with pytest.raises(ValueError, match="needs a model with a tokenizer, got one without"):
+        sl.tokenize(plain, ["a"])
 
 
 def test_unknown_kinds_are_named_in_a_line(tmp_path: Path) -> None:
@@ -162,7 +166,7 @@ def test_unknown_kinds_are_named_in_a_line(tmp_path: Path) -> None:
     assert "\n" not in str(error.value)
     other = made("BioGptForCausalLM", "BioGptConfig", **SIZES)  # which transformer_lens has no bridge for
     with pytest.raises(ValueError, match=r"has a bridge for, got .*supported architecture") as error:
-        load_model(other, tokenizer=tiny_model().tokenizer)
+        load_model(other, tokenizer=tiny_model().tokenizer, backend="transformer_lens")
     assert len(str(error.value)) < 200
 
 
@@ -241,8 +245,8 @@ def test_processes_start_again_behind_the_door(tmp_path: Path, monkeypatch: pyte
     saved(llama(), tmp_path)
     monkeypatch.setattr(TransformerBridge, "boot_transformers", lambda *_, **__: os.system("exit 3"))
     with pytest.raises(ValueError, match="starts no process, a library wanted 'exit 3'"):
-        load_model(tmp_path, device="cpu")
+        load_model(tmp_path, device="cpu", backend="transformer_lens")
     monkeypatch.setattr(TransformerBridge, "boot_transformers", lambda *_, **__: subprocess.run(["true"]))
     with pytest.raises(ValueError, match=r"a library wanted \['true'\]"):
-        load_model(tmp_path, device="cpu")
+        load_model(tmp_path, device="cpu", backend="transformer_lens")
     assert subprocess.run(["true"]).returncode == 0 and os.system("exit 0") == 0

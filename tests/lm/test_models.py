@@ -117,7 +117,8 @@ def test_a_wrong_id_is_a_clear_error(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_description_names_versions_and_processing() -> None:
     model = tiny_model()
-    name, processing, versions = describe_model(model)
+    name, processing, versions, backend = describe_model(model)
+    assert backend == "transformer_lens"
     assert name.startswith("tiny-llama")
     assert processing == "none"
     assert versions["torch"] == version("torch")

@@ -8,6 +8,7 @@ from typing import Any, Protocol, runtime_checkable
 
 from saelab.lm.conversations import Messages
 from saelab.lm.generation import answer
+from saelab.lm.huggingface import AnyModel, as_model
 from saelab.lm.model_checks import Model, sketch_weights
 from saelab.stores.sharing import shareable
 
@@ -87,7 +88,8 @@ class LocalClient:
     4
     """
 
-    def __init__(self, model: Model, *, n_tokens: int = 256) -> None:
+    def __init__(self, model: AnyModel, *, n_tokens: int = 256) -> None:
+        model = as_model(model)
         self._model, self._n_tokens = model, n_tokens
         self._lock = threading.Lock()  # one model runs one prompt at a time
         self.name = shareable(str(model.cfg.model_name))
