@@ -1,4 +1,4 @@
-"""`GivenDocuments`: what `embed` makes rows of and shows with them, checked before any work and read a part at a time."""
+"""`GivenDocuments`: what `embed` makes rows of and shows with them, checked before work and read in parts."""
 
 import hashlib
 from collections.abc import Callable, Iterator, Mapping

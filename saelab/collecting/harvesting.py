@@ -459,11 +459,11 @@ def harvest_untrained(
             rows (a row that lacks a token before its last one).
         RuntimeError: where another process failed.
     """
-    model = as_model(model)
+    source_model = model if isinstance(model, Activations) else as_model(model)
     ranks = RankGrid.of(mesh)
     with ranks.together():
         require_harvested(store, sae)
-        made, source, place = _find_untrained(store, sae, model, seed, allow_mismatch)
+        made, source, place = _find_untrained(store, sae, source_model, seed, allow_mismatch)
         made.name_or_path = f"untrained, seed {seed}"
     with ExitStack() as stack:
         job = _Job.start(made, place, source, Path(out), dtype, SHARD_TOKENS, resume, ranks, stack)
