@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
+from saelab.analysis.top_tokens import weigh_words
 from saelab.labels.encoders import EmbeddingFunction
 from saelab.labels.label import join_texts
 from saelab.labels.label_store import LabelStore
@@ -334,13 +335,18 @@ def _describe(
 def _words(store: FeatureStore, feature: int, side: int) -> dict[str, list[str]]:
     """By sign the tokens with most of the sum of |z|: of one side, or of each side with a tenth of it or more."""
     at = store.feature(feature)
-    ids, sums = store.token_ids[at.indices], np.abs(at.values.astype(np.float64))
+    rows, ids = store.words.at(at.indices)
+    sums = np.abs(at.values.astype(np.float64))[rows]
+    signs = at.values[rows]
     words = {}
     for sign in (side,) if side else (1, -1):
-        kept = at.values * sign > 0
+        kept = signs * sign > 0
         if sums[kept].sum() > (0 if side else FAINT * sums.sum()):
             known, place = np.unique(ids[kept], return_inverse=True)
-            order = np.argsort(-np.bincount(place, sums[kept]), kind="stable")[:N_WORDS]
+            weights = np.bincount(place, sums[kept])
+            if store.of_documents:
+                weights = weigh_words(store, known, np.bincount(place), len(np.unique(rows[kept])))
+            order = np.argsort(-weights, kind="stable")[:N_WORDS]
             words[SIGNS[sign]] = [store.text.strings.get(int(i), f"<{i}>") for i in known[order]]
     return words
 

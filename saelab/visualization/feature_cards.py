@@ -136,6 +136,8 @@ def _bar(x: float, width: float, height: float) -> str:
 
 
 def _words(side: FeatureSide, n_sides: int) -> str:
+    if not side.words:
+        return ""
     kind = "" if n_sides == 1 else " +" if side.sign > 0 else " \u2212"
     return f"<h3>Fires on{kind}</h3>" + _rank((show_code(word), f"{share:.0%}") for word, share in side.words)
 
