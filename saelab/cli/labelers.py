@@ -158,6 +158,11 @@ def open_floor(
     store: FeatureStore, sae: str | None, model: str | None, progress: bool, ranks: RankGrid
 ) -> Iterator[FeatureStore | None]:
     """The same rows from an untrained dictionary, for a while; None where the store's SAE and model are not at hand."""
+    if store.of_documents:
+        raise ValueError(
+            "`--untrained` must be of a store of tokens, got one of documents. Make their baseline in Python: "
+            "`harvest_untrained` takes their activations."
+        )
     opened = open_recorded(store, sae, model, progress, "--lens-model", ranks)
     if opened is None:
         yield None
@@ -195,7 +200,9 @@ def read_lens(
     progress: bool,
     ranks: RankGrid,
 ) -> LogitLens | None:
-    """What features promote, where the store's SAE and model are at hand."""
+    """What features promote, where the store's SAE and model are at hand; those of documents promote no tokens."""
+    if store.of_documents and model is None:
+        return None
     opened = open_recorded(store, sae, model, progress, "--lens-model", ranks)
     if opened is None:
         return None

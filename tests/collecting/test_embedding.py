@@ -284,7 +284,10 @@ def test_the_command_line_from_text_to_report(bert_folder, tmp_path, monkeypatch
         assert dispatch(words) == 0
         assert "400" in capsys.readouterr().out
     assert dispatch(["label", "store", *quiet]) == 0
-    assert "the word" in capsys.readouterr().out
+    said = capsys.readouterr()
+    assert "the word" in said.out and not said.err
+    assert dispatch(["label", "store", "--untrained", *quiet]) == 2
+    assert "must be of a store of tokens" in capsys.readouterr().err
     assert dispatch(["compare", "store", "store", "--shifts", "2", *quiet]) == 0
     page = Path("report/index.html").read_text()
     assert "Documents" in page and "pooling: mean" in page and read_cards(page)[0]["counted"] == "documents"

@@ -22,7 +22,7 @@ export function FeatureCard({ card, source, onFeature }) {
       <div class="texts">${card.groups.map(group => html`<${Group} key=${group.name + group.side} group=${group} ...${shared} />`)}</div>
       <div class="numbers">
         <${Histogram} histogram=${card.histogram} />
-        ${card.sides.map(({ sign, words }) => html`<h3>Fires on${card.sides.length > 1 && SIGNS[sign]}</h3>
+        ${card.sides.filter(({ words }) => words.length).map(({ sign, words }) => html`<h3>Fires on${card.sides.length > 1 && SIGNS[sign]}</h3>
           <${Rank} rows=${words.map(([word, share]) => [html`<${Code} text=${word} />`, `${Math.round(100 * share)}%`])} />`)}
         <${Effects} card=${card} />
         ${card.near && html`<${Near} near=${card.near} source=${source} onFeature=${onFeature} />`}
