@@ -297,17 +297,63 @@ def test_an_explorer(world: World, store: Any, sae: sl.SAE) -> None:
         shown.close()
 
 
-def test_graphs(world: World, acts: Any, tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def transcoder(world: World, acts: dict[str, sl.Activations]) -> sl.SAE:
     pairs = sl.stores.ActivationPairs(acts[PLACE], acts[OUT])
     cfg = sl.SAEConfig(d_in=32, d_out=32, d_sae=48, activation=sl.TopK(k=3))
-    [transcoder] = sl.fit([sl.SAE(cfg, seed=0)], pairs, sl.TrainConfig(n_tokens=1024, batch_size=256), progress=False)
-    transcoder.save_pretrained(world.project / "transcoder")
-    transcoder = sl.SAE.from_pretrained(world.project / "transcoder")
+    [made] = sl.fit([sl.SAE(cfg, seed=0)], pairs, sl.TrainConfig(n_tokens=1024, batch_size=256), progress=False)
+    made.save_pretrained(world.project / "transcoder")
+    return sl.SAE.from_pretrained(world.project / "transcoder")
+
+
+def test_graphs(world: World, transcoder: sl.SAE) -> None:
     transcoder.save_pretrained(world.out / "graphs" / "transcoder", "sparsify")
     graph = sl.circuits.trace(world.model, [transcoder], "The cat sees", allow_missing=True)
     sl.visualization.write_graph_page(graph, world.out / "graphs" / "graph.html")
     sl.circuits.write_graph_json(graph, world.out / "graphs" / "graph.json")
-    world.check(world.out / "graphs", 4)
+    by_command = ["--json", world.out / "graphs" / "cli.json", "--page", world.out / "graphs" / "cli.html"]
+    world.run("trace", world.folder, world.project / "transcoder", "The cat sees", "--allow-missing", *by_command)
+    world.check(world.out / "graphs", 6)
+
+
+def test_other_kinds_of_weights(world: World, sae: sl.SAE, transcoder: sl.SAE, acts: Any) -> None:
+    """Transcoders of a layer and of all layers in every format, maps between spaces, dictionaries with a classifier."""
+    out = world.out / "weights"
+    bare = sl.SAE(sl.SAEConfig(d_in=32, d_sae=48, activation=sl.TopK(k=3), normalizer="none"), seed=0)
+    bare.b_dec.data.zero_()
+    bare.provenance, bare.name_or_path = sae.provenance, str(world.folder)
+    bare.save_pretrained(out / "overcomplete", "overcomplete")
+    transcoder.to_jumprelu(acts[PLACE][:1024].float()).save_pretrained(out / "layers", "circuit_tracer")
+    clt = sl.sae.CLT(sl.sae.CLTConfig(n_layers=2, d_in=32, d_sae=48, activation=sl.TopK(k=3)))
+    x, y = acts[PLACE][:1024].float(), acts[OUT][:1024].float()
+    clt.fit((torch.cat([x, x], 1), torch.cat([y, y], 1)), sl.TrainConfig(n_tokens=1024, batch_size=256), progress=False)
+    clt.save_pretrained(out / "clt")
+    clt.to_jumprelu(torch.cat([x, x], 1)).save_pretrained(out / "clt-circuit-tracer", "circuit_tracer")
+    sl.universality.fit_map(acts[READ], acts[READ]).save_pretrained(out / "map")
+    dictionary = sl.sae.JointDictionary(sae=sae, W=torch.zeros(48, 2), b=torch.zeros(2), concepts=("cat", "dog"))
+    dictionary.save_pretrained(out / "joint")
+    world.check(out, 10)
+
+
+def test_documents_and_corpora(world: World, store: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = world.out / "documents"
+    texts = world.project / "documents.txt"
+    texts.write_text(
+        "\n<|endoftext|>\n".join(f"A {word} text of number {i}." for i in range(12) for word in ("dry", "wet"))
+    )
+    world.run("embed", world.folder, texts, "--pooling", "mean", "--out", "rows", "--no-progress")
+    rows = sl.Activations.load(world.project / "rows")
+    coder = sl.SAE(sl.SAEConfig(d_in=32, d_sae=24, activation=sl.TopK(k=3)), seed=0)
+    made = sl.harvest(coder, None, rows, world.project / "of-documents", allow_mismatch=True, progress=False)
+    sl.report(made, out / "report", progress=False)
+    documents = sl.corpora.pool_documents(store)
+    sl.corpora.diff_corpora(documents, documents).save(out / "diff.json")
+    world.check(out, 2)
+    with serve_hub(monkeypatch, tmp_path) as hub:
+        rows.push_to_hub("me/rows")
+        made.push_to_hub("me/documents")
+        files = {f"{repo}/{name}": raw for repo in ("me/rows", "me/documents") for name, raw in hub.files(repo).items()}
+    assert len(files) > 5 and not find_leaks(files, world.secrets)
 
 
 @pytest.mark.parametrize("pattern", ["notebooks/*.ipynb", "docs/**/*.md", "*.md", "saelab/**/*.json", "findings/*"])

@@ -198,8 +198,8 @@ def draw_heatmap(axes: "Axes", trace: Mapping[str, Any]) -> Any:
         read_numbers(trace[name]) if name in trace else np.arange(n, dtype=float)
         for name, n in zip("xy", z.shape[::-1], strict=True)
     )
-    limits = {"vmin": trace.get("zmin"), "vmax": trace.get("zmax")}
-    edges = {"edgecolors": "white", "linewidth": trace.get("xgap", 0) * POINT}
+    limits: dict[str, Any] = {"vmin": trace.get("zmin"), "vmax": trace.get("zmax")}
+    edges: dict[str, Any] = {"edgecolors": "white", "linewidth": trace.get("xgap", 0) * POINT}
     return axes.pcolormesh(
         _find_edges(columns), _find_edges(rows), z, cmap=read_scale(trace["colorscale"]), **limits, **edges
     )
