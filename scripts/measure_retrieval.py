@@ -9,8 +9,8 @@ are among the ten found, `in 100` among the hundred found (which a second look a
 those of SAEs trained on the sentences that are searched: `index` searches them by `CodeIndex` (binarized or with
 magnitudes in 8 bits, weighted by idf or not), `decoded` compares the reconstructions, of which the same codes are
 stored. `untrained` has random rows. Bytes are those of a sentence: of everything that the index holds, of the codes or
-the vectors for others, without their codebooks. PQ and the quantized inverted file (IVFPQ, 64 cells of which 8 are read) are
-faiss's, run by the Python in which it is installed.
+the vectors for others, without their codebooks. PQ and the quantized inverted file (IVFPQ, 64 cells of
+which 8 are read) are faiss's, run by the Python in which it is installed.
 
 `speed`: milliseconds a query among a million codes of 16 features of 8,192, on one thread: densities alike, by Zipf's
 law (exponent .7), and scipy's product with the same matrix; the median and the largest of 100 queries.
