@@ -169,12 +169,11 @@ def count_tokens(store: sl.FeatureStore, seed: int) -> dict[str, float]:
 def hypothesize(seed: int, n_tokens: int, stories: Stories) -> tuple[dict[str, Any], str]:
     """Hypotheses in words about stories with a recipe and those without."""
     store = harvest(read_sae("AbsTopK", n_tokens, seed), stories, f"AbsTopK-{seed}-a")
-    labels = sl.labels.rules.label_by_rules(store, seed=seed)
-    names = {label.feature: label.text for label in labels.labels() if label.kind != "none"}
     documents, has = pool_documents(store), stories_with(stories, "recipe")
-    said = propose_hypotheses(
-        documents.rows(~has), documents.rows(has), names, names=("plain stories", "stories with a recipe"), seed=seed
-    )
+    names = "plain stories", "stories with a recipe"
+    with sl.labels.LabelStore.open(store) as book:
+        book.add(sl.labels.rules.label_by_rules(store, seed=seed).labels(), afresh=True)
+        said = propose_hypotheses(documents.rows(~has), documents.rows(has), book, names=names, seed=seed)
     return said.to_dict(), str(said)
 
 

@@ -9,8 +9,8 @@ are among the ten found, `in 100` among the hundred found (which a second look a
 those of SAEs trained on the sentences that are searched: `index` searches them by `CodeIndex` (binarized or with
 magnitudes in 8 bits, weighted by idf or not), `decoded` compares the reconstructions, of which the same codes are
 stored. `untrained` has random rows. Bytes are those of a sentence: of everything that the index holds, of the codes or
-the vectors for others, without their codebooks. PQ, OPQ and the quantized inverted file (IVFPQ, 64 cells of which 8 are
-read) are faiss's, run by the Python in which it is installed.
+the vectors for others, without their codebooks. PQ and the quantized inverted file (IVFPQ, 64 cells of
+which 8 are read) are faiss's, run by the Python in which it is installed.
 
 `speed`: milliseconds a query among a million codes of 16 features of 8,192, on one thread: densities alike, by Zipf's
 law (exponent .7), and scipy's product with the same matrix; the median and the largest of 100 queries.
@@ -47,9 +47,7 @@ given = np.load(sys.argv[1])
 rows, queries = given["rows"], given["queries"]
 found = {}
 for m in (8, 16, 32, 48, 96):
-    for name, made in ((f"PQ {m}", f"PQ{m}"), (f"OPQ {m}", f"OPQ{m},PQ{m}"), (f"IVFPQ {m}", f"IVF64,PQ{m}")):
-        if name.startswith("OPQ") and m != 32:  # rotations take minutes to train
-            continue
+    for name, made in ((f"PQ {m}", f"PQ{m}"), (f"IVFPQ {m}", f"IVF64,PQ{m}")):
         index = faiss.index_factory(rows.shape[1], made, faiss.METRIC_INNER_PRODUCT)
         index.train(rows); index.add(rows)
         if name.startswith("IVF"):

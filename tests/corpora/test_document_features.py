@@ -3,9 +3,10 @@
 import numpy as np
 import pytest
 from corpora_made import harvest_codes
+from documents_planted import plant_store
 from unchecked import unchecked
 
-from saelab.corpora import pool_documents
+from saelab.corpora import diff_corpora, pool_documents
 
 
 def slowly(codes: np.ndarray, doc_ids: np.ndarray, by: str) -> np.ndarray:
@@ -47,6 +48,19 @@ def test_rows_that_are_documents_keep_their_codes(codes, tmp_path) -> None:
     for by in ("max", "mean"):
         pooled = pool_documents(store, by).matrix.toarray()
         assert np.allclose(pooled[:, ::2] - pooled[:, 1::2], store.matrix().toarray())
+
+
+def test_embedded_documents_are_pooled_and_compared(tmp_path) -> None:
+    store, texts, counts = plant_store(tmp_path / "store", 600)
+    pooled = pool_documents(store)
+    assert len(pooled) == 600 and np.array_equal(pooled.matrix.toarray()[:, ::2] > 0, counts > 0)
+    assert pooled.n_tokens.tolist() == [1] * 600
+    for row in (0, 7, 599):  # words in their order, whatever case and spaces a store keeps
+        shown = pooled.text(row, 5).split()
+        assert shown and texts[row].casefold().startswith(shown[0].casefold().rstrip("."))
+    has = counts[:, 1] > 0
+    first = diff_corpora(pooled.rows(~has), pooled.rows(has), n_null=0).rows[0]
+    assert (first.feature, first.rate_a, first.rate_b) == (1, 0.0, 1.0)
 
 
 def test_what_does_not_exist_is_an_error(codes, tmp_path) -> None:
