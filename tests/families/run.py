@@ -2,6 +2,7 @@
 
 import argparse
 import datetime
+import json
 import logging
 import re
 import sys
@@ -93,8 +94,9 @@ def write(found: dict[str, dict[str, tuple[str, str]]], page: Path) -> None:
         "",
         f"Written by `make families` on {datetime.date.today()} with {versions}. Not edited by hand.",
         "",
-        f"Tiny random models of the {sum(',' not in name for name in found)} text architectures that both libraries "
-        f"list, and of {sum(',' in name for name in found)} other members of some: {len(tested)} tried in {len(USES)} "
+        f"Tiny random models of the {sum(',' not in name for name in found)} text architectures of transformers, "
+        f"{len(set(list_unbridged()) & set(found))} of them without a bridge in transformer_lens, and of "
+        f"{sum(',' in name for name in found)} other members of some: {len(tested)} tried in {len(USES)} "
         f"uses ({counts}), {len(others['loading'])} not loaded, {len(others['untested'])} untested. Each "
         "cell is held against Hugging Face's own modules, or a derivative measured on the model; what is not right is "
         "refused in a sentence of saelab's own.",
@@ -140,19 +142,24 @@ def main() -> int:
     parser.add_argument("--page", type=Path, default=PAGE)
     parser.add_argument("--seconds", type=float, default=3600.0, help="families that take longer are untested")
     parser.add_argument("--backend", choices=get_args(Backend), default="auto")
+    parser.add_argument("--keep", type=Path, help="verdicts as JSON; families that are there are not tried again")
     parser.add_argument("--workers", type=int, default=2)
     options = parser.parse_args()
     _be_quiet()
     names, begin = options.only or [*list_architectures(), *list_unbridged(), *VARIANTS], time.monotonic()
     left = {"untested": ("untested", "the run was ended before it")}
-    found = dict.fromkeys(names, left)
+    kept = json.loads(options.keep.read_text()) if options.keep and options.keep.is_file() else {}
+    found = dict.fromkeys(names, left) | {name: kept[name] for name in names if name in kept}
     with get_context("fork").Pool(options.workers) as pool:
-        waiting = {name: pool.apply_async(judge, (name, options.backend)) for name in names}
+        waiting = {name: pool.apply_async(judge, (name, options.backend)) for name in names if name not in kept}
         for name, result in waiting.items():
             try:
                 found[name] = result.get(max(0.01, options.seconds - (time.monotonic() - begin)))
             except TimeoutError:
                 continue
+            kept[name] = found[name]
+            if options.keep:
+                options.keep.write_text(json.dumps(kept))
             told = " ".join(f"{use}={v}" + (f" [{why[:150]}]" if why else "") for use, (v, why) in found[name].items())
             print(name, told, flush=True)  # noqa: T201
         pool.terminate()

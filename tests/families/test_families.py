@@ -11,6 +11,7 @@ from uses import USES
 
 import saelab as sl
 from saelab.lm.hook_points import hook_points_of, share_weights
+from saelab.lm.unembedding import read_out
 
 SOME = {
     "dense": "LlamaForCausalLM",
@@ -57,6 +58,13 @@ def test_what_a_model_noted_of_a_picture_does_not_reach_a_text() -> None:
             assert len(noting) == 1
             noting[0].rope_deltas = torch.tensor([[5]])
             assert texts_of(family, ["Hello you"]) == [expected]
+
+
+def test_a_norm_that_reads_several_blocks_has_no_direct_effects() -> None:
+    if (name := "Inkling2ForCausalLM") not in list_unbridged():
+        pytest.skip("this transformers has no model that mixes the blocks before its final norm")
+    with pytest.raises(ValueError, match="reads what the last block hands on"):
+        read_out(Family(build(name)).model, torch.ones(1, 32))
 
 
 def test_hooks_that_lead_to_other_modules_lead_to_the_copies() -> None:

@@ -15,6 +15,7 @@ from sources import nodes, parse
 from torch import Tensor
 
 import saelab as sl
+from saelab.lm import models
 from saelab.lm.generation import GREEDY
 from saelab.lm.hook_points import hook_points_of, share_weights
 from saelab.lm.huggingface import HuggingFaceModel, as_model
@@ -114,6 +115,40 @@ def test_hook_points_that_add_the_stream_inside_are_without_it() -> None:
 def test_blocks_whose_parts_read_the_same_have_no_middle(parallel: bool) -> None:
     hf_model = make("GPTNeoXForCausalLM", "GPTNeoXConfig", **SMALL, use_parallel_residual=parallel)
     assert ("blocks.0.hook_resid_mid" in hook_points_of(wrap(hf_model)).points) != parallel
+
+
+def test_parts_inside_of_parts_have_their_names() -> None:
+    """GPT-Neo's attention is inside of another module; what the tables do not know keeps its own."""
+    sizes = {"hidden_size": 32, "num_layers": 2, "num_heads": 4, "attention_types": [[["global"], 2]]}
+    neo = hook_points_of(make("GPTNeoForCausalLM", "GPTNeoConfig", **sizes)).components
+    assert {"blocks.1.attn.q", "blocks.1.attn.o", "blocks.1.mlp.in", "pos_embed", "ln_final"} <= set(neo)
+    mixture = hook_points_of(make("MixtralForCausalLM", "MixtralConfig", **SMALL, num_key_value_heads=2))
+    assert {"blocks.0.mlp.gate", "blocks.0.mlp.experts", "blocks.0.mlp.experts.act_fn"} <= set(mixture.components)
+    assert mixture.find("blocks.0.mlp.hook_post") == "blocks.0.mlp.hook_out"
+
+
+def test_what_a_plain_model_cannot_do_is_refused() -> None:
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
+    both_sides = make("BertGenerationDecoder", "BertGenerationConfig", **sizes)
+    with pytest.raises(ValueError, match="earlier tokens only, got BertGenerationDecoder"):
+        sl.lm.logits(both_sides, some_ids())
+    angles = sl.Direction(torch.ones(8), "rotary_emb.hook_out")  # one row for all texts
+    with (
+        pytest.raises(ValueError, match="must carry one vector per token, got"),
+        sl.steer(llama(), angles, 1.0) as model,
+    ):
+        sl.lm.logits(model, some_ids())
+
+
+def test_fused_attention_is_taken_where_it_is_right(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    llama().save_pretrained(tmp_path)
+    tiny_model().tokenizer.save_pretrained(tmp_path)
+    kinds = []
+    for agrees in (True, False):
+        monkeypatch.setattr(models, "is_close", lambda *_, agrees=agrees: agrees)
+        opened: Any = load_model(tmp_path, device="cpu", backend="huggingface", **QUIET)
+        kinds.append(opened.original_model.config._attn_implementation)
+    assert kinds == ["sdpa", "eager"]
 
 
 def test_what_only_a_bridge_has_is_said_to_be_there() -> None:
