@@ -325,8 +325,9 @@ def test_other_kinds_of_weights(world: World, sae: sl.SAE, transcoder: sl.SAE, a
     bare.save_pretrained(out / "overcomplete", "overcomplete")
     transcoder.to_jumprelu(acts[PLACE][:1024].float()).save_pretrained(out / "layers", "circuit_tracer")
     clt = sl.sae.CLT(sl.sae.CLTConfig(n_layers=2, d_in=32, d_sae=48, activation=sl.TopK(k=3)))
-    x, y = acts[PLACE][:1024].float(), acts[OUT][:1024].float()
-    clt.fit((torch.cat([x, x], 1), torch.cat([y, y], 1)), sl.TrainConfig(n_tokens=1024, batch_size=256), progress=False)
+    layers = [tuple(f"blocks.{i}.hook_{name}" for name in ("resid_mid", "mlp_out")) for i in range(2)]
+    clt.fit(sl.stream(world.model, world.tokens, layers), sl.TrainConfig(n_tokens=1024, batch_size=256), progress=False)
+    x = acts[PLACE][:1024].float()
     clt.save_pretrained(out / "clt")
     clt.to_jumprelu(torch.cat([x, x], 1)).save_pretrained(out / "clt-circuit-tracer", "circuit_tracer")
     sl.universality.fit_map(acts[READ], acts[READ]).save_pretrained(out / "map")
