@@ -8,7 +8,7 @@ from jaxtyping import Float
 
 from saelab.corpora.corpus_diffing import FeatureDifference, diff_corpora
 from saelab.corpora.document_features import DocumentFeatures, Documents, SideId, as_documents, require_same_dictionary
-from saelab.functional.statistics import adjust, auroc, correlation
+from saelab.functional.statistics import adjust, auroc, correlation, fit_balanced_probe
 from saelab.functional.two_samples import Effect, cliffs_delta, permutation_p
 from saelab.stores.corpus import choose_documents
 from saelab.stores.feature_names import FeatureNames
@@ -221,10 +221,7 @@ def _area(
     early: tuple[DocumentFeatures, DocumentFeatures],
     late: tuple[DocumentFeatures, DocumentFeatures],
 ) -> float:
-    from sklearn.linear_model import LogisticRegression
-
     x, x_late = (np.stack([_values(side, *half) for side in sides], axis=1) for half in (early, late))
     y, y_late = (np.arange(len(half[0]) + len(half[1])) >= len(half[0]) for half in (early, late))
     scale = np.maximum(x.max(0), 1e-9)
-    fitted = LogisticRegression(class_weight="balanced", max_iter=1000).fit(x / scale, y)
-    return auroc(fitted.decision_function(x_late / scale), y_late)
+    return auroc(x_late / scale @ fit_balanced_probe(x / scale, y, solver="lbfgs"), y_late)

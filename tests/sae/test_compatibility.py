@@ -148,6 +148,9 @@ CALLS: dict[str, Callable] = {
     "export_store": lambda at: sl.interop.export_store(
         at.store, at.out, "saedashboard", sae=at.sae, model=at.model, features=[3], **QUIET
     ),
+    "upload": lambda at: sl.interop.upload(
+        at.store, sae=at.sae, model=at.model, dry_run=True, journal=at.out / "journal.json", progress=False
+    ),
     "finetune": lambda at, **how: sl.evaluation.finetune(
         deepcopy(at.sae), at.model, at.tokens[:2], sl.TrainConfig(n_tokens=64, batch_size=64), **QUIET, **how
     ),
@@ -195,6 +198,7 @@ BY_STORE = {
     "read_prompt",
     "report",
     "steering_widget",
+    "upload",
 }  # the store says what the model must be
 
 
