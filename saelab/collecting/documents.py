@@ -11,7 +11,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from saelab.collecting.reader import fingerprint
 from saelab.lm.documents import describe_source, read_documents
 from saelab.stores.payload import PayloadKinds, as_pixels
 
@@ -72,9 +71,12 @@ class GivenDocuments:
         if total == 0:
             raise ValueError("`documents` must be at least one, got none. Check file and `field`.")
         if pixels is not None:
-            digest.update(fingerprint({"pixels": torch.from_numpy(pixels)}).encode())
+            digest.update(hash_values(pixels).encode())
         if isinstance(items, np.ndarray):
-            digest.update(fingerprint({"items": torch.from_numpy(items)}).encode())
+            digest.update(hash_values(items).encode())
+        elif items is not None and texts is None:
+            for one in items:
+                digest.update(f"{type(one).__name__} {_hash_item(one)} ".encode())
         digest.update(str(total).encode())
         return cls(items, strings, payload, pixels, total, source, digest.hexdigest())
 
@@ -131,6 +133,26 @@ def _sort_out(documents: Any, separator: str | None, field: str) -> tuple[Any, C
         return documents, None
     held = list(read_documents(documents, separator=separator, field=field))
     return held, lambda: iter(held)
+
+
+def hash_values(values: np.ndarray | Tensor) -> str:
+    """Hash of shape, dtype and all values."""
+    digest = hashlib.sha256(f"{tuple(values.shape)} {values.dtype}".encode())
+    parts = [values[i : i + CHUNK] for i in range(0, len(values), CHUNK)] if values.ndim else [values]
+    for part in parts:
+        if isinstance(part, Tensor):
+            part = part.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+        digest.update(np.ascontiguousarray(part).tobytes())
+    return digest.hexdigest()[:16]
+
+
+def _hash_item(one: Any) -> str:
+    """Hash of an array, an image or plain values; empty for what has no values to be read."""
+    try:
+        values = one if isinstance(one, Tensor) else np.asarray(str(one) if isinstance(one, Path) else one)
+    except (TypeError, ValueError):
+        return ""
+    return "" if isinstance(values, np.ndarray) and values.dtype.kind == "O" else hash_values(values)
 
 
 def _sort_images(images: Any, items: Any) -> tuple[np.ndarray | None, list[str] | None]:

@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from saelab.collecting.documents import GivenDocuments
+from saelab.collecting.documents import GivenDocuments, hash_values
 from saelab.collecting.reader import fingerprint
 from saelab.collecting.writers import ShardWriter, claim_folder
 from saelab.lm.hooks import require_finite
@@ -34,12 +34,14 @@ from saelab.stores.activations import Activations
 from saelab.stores.jobs import hidden
 from saelab.stores.manifest import ActivationsManifest, Provenance, dtype_name
 from saelab.stores.payload import PayloadKinds, pack_strings
-from saelab.stores.row_columns import MemoryRows
+from saelab.stores.row_columns import FolderRows, MemoryRows
 from saelab.stores.sharing import shareable
 
 SHARD_ROWS = 8192
 FUNCTION_BATCH = 256
 """Documents a function gets at a time."""
+CHANGED = 0.05
+"""Relative distance from which a vector is another: rounding in half precision moves it less."""
 
 
 def embed(
@@ -66,7 +68,8 @@ def embed(
 
     `fit` and `harvest` take them as those of `collect`; a token is then a document. With `out` they are written to a
     folder, shard by shard. An interrupted call continues where it stopped when it is made again, and ends with the same
-    bytes; a finished one is opened at once. In memory are some thousand documents, and the texts where they are a list.
+    bytes; a finished one is opened at once, of a function after its first vector was compared. In memory are some
+    thousand documents, and the texts where they are a list.
 
     Args:
         encoder: what makes rows of documents: a model of sentence-transformers or of Hugging Face, one of
@@ -219,7 +222,7 @@ class _OwnVectors(_Embedder):
     def request(self) -> dict[str, Any]:
         told: dict[str, Any] = {"model": self.name, "place": self.place}
         if isinstance(self.make, Tensor):
-            return told | {"weights": fingerprint({"vectors": self.make})}
+            return told | {"weights": hash_values(self.make)}
         weights = dict(self.make.named_parameters()) if isinstance(self.make, nn.Module) else {}
         return told | {"weights": fingerprint(weights), "batch_size": self.size}
 
@@ -236,8 +239,12 @@ class EmbeddingJob:
     @cached_property
     def d_in(self) -> int:
         """Width of a row, from the first document."""
-        first = next(self.documents.chunks(0))
-        return self.embedder.read(first.items[:1], 0).shape[1]
+        return self.first.shape[1]
+
+    @cached_property
+    def first(self) -> Float[Tensor, "1 d_in"]:
+        """The vector of the first document."""
+        return self.embedder.read(next(self.documents.chunks(0)).items[:1], 0)
 
     def in_memory(self, progress: bool) -> Activations:
         """All rows in memory."""
@@ -271,6 +278,10 @@ class EmbeddingJob:
             )
 
         with claim_folder(folder, request, ActivationsManifest, begin, resume) as manifest:
+            if manifest.shards and isinstance(self.embedder, _OwnVectors):
+                there = torch.empty(1, manifest.d_in[place], dtype=self.dtype)
+                FolderRows(folder, manifest, verify=False).copy_slice(place, 0, there)
+                self._require_same(there)
             if not manifest.complete:
                 first, second = (DocumentBuffer(shard_rows, place, self.d_in, self.dtype, shown) for _ in range(2))
                 writer = ShardWriter(folder, manifest, shard_rows, (first, second))
@@ -279,6 +290,19 @@ class EmbeddingJob:
                         writer.add(rows, len(rows.x), len(rows.x), {})
                     writer.finish(self._origin(writer.n_tokens))
         return Activations.load(folder)
+
+    def _require_same(self, there: Tensor) -> None:
+        """Raise ValueError where a function gives another vector of the first document than the folder holds."""
+        now = self._finish(self.first).float()
+        if now.shape != there.shape or not (now - there).norm() <= CHANGED * there.float().norm():
+            raise ValueError(
+                f"`out` must have been made with this `encoder`, but '{self.embedder.name}' gives another vector of "
+                "the first document than it holds. Choose another folder, or pass resume=False to start over."
+            )
+
+    def _finish(self, x: Tensor) -> Tensor:
+        """Rows as they are stored."""
+        return (torch.nn.functional.normalize(x, dim=1) if self.normalize else x).to(self.dtype)
 
     def _read(self, start: int, progress: bool) -> Iterator["EmbeddedRows"]:
         """The rows of documents from one on, which begins a part, some thousand at a time."""
@@ -290,9 +314,7 @@ class EmbeddingJob:
                 x = self.embedder.read(chunk.items, chunk.start)
                 if x.shape[1] != self.d_in:
                     raise ValueError(f"Rows must all be as wide as the first, {self.d_in}, got {x.shape[1]}.")
-                if self.normalize:
-                    x = torch.nn.functional.normalize(x, dim=1)
-                x = x.to(self.dtype)
+                x = self._finish(x)
                 require_finite(self.embedder.place, x)
                 yield EmbeddedRows(x, chunk.texts, chunk.pixels)
                 bar.update(len(x))

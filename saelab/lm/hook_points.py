@@ -85,7 +85,9 @@ class HookPoints:
         self._stamp = self._find_stamp(model)
 
     def _find_stamp(self, model: Any) -> tuple:
-        """Value that changes when a weight is edited in place or replaced, or a bridge processes its weights."""
+        """Value that changes when a weight is edited in place, replaced, moved or cast, or a bridge processes its
+        weights.
+        """
         found = [stamp(w) for weights, _, _ in self._weights if weights for w in weights.values() if w is not None]
         # Non-persistent buffers do not count: rotary angles change when a text exceeds the original context length.
         found += [
@@ -95,7 +97,8 @@ class HookPoints:
             for name, w in buffers.items()
             if w is not None and name not in own
         ]
-        return (model.compatibility_mode, *found)
+        weight = next(model.original_model.parameters())  # `to` puts other values in the same parameters
+        return (model.compatibility_mode, weight.device, weight.dtype, *found)
 
     @cached_property
     def sketch(self) -> Sketch | None:

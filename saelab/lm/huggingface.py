@@ -155,15 +155,19 @@ class HuggingFaceModel:
         return self
 
 
-@cache
 def _find_tokenizer(name: str) -> Any:
     """The tokenizer in a folder, or in the cache of a Hub repository; None where there is none. Nothing is fetched."""
+    try:
+        return _read_tokenizer(name)
+    except (OSError, ValueError, KeyError, ImportError):  # not kept: one may be saved there later
+        return None
+
+
+@cache
+def _read_tokenizer(name: str) -> Any:
     from transformers import AutoTokenizer
 
-    try:
-        return AutoTokenizer.from_pretrained(name, local_files_only=True)
-    except (OSError, ValueError, KeyError, ImportError):
-        return None
+    return AutoTokenizer.from_pretrained(name, local_files_only=True)
 
 
 _wrapped: "WeakValueDictionary[int, HuggingFaceModel]" = WeakValueDictionary()

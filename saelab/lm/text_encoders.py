@@ -1,5 +1,6 @@
 """Text encoders: one vector for each document, by a model's own pooling or by pooling the vectors of its tokens."""
 
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 
 from saelab.lm.hooks import FORWARD_TOKENS, capture, find_hook_point
 from saelab.lm.masks import TokenMask
-from saelab.lm.model_checks import Model, find_context, sketch_weights
+from saelab.lm.model_checks import Model, find_context, find_row, sketch_weights
 from saelab.lm.models import describe_model, hidden_bars, load_model
 from saelab.lm.tokens import tokenize
 from saelab.lm.unwrapped import evaluating
@@ -182,8 +183,12 @@ def load_text_encoder(name: str | Path, *, hook_point: str | None = None, device
             return load_sentences(folder, place), None
         from transformers import AutoModel, AutoTokenizer
 
+        name = str(folder) if folder.is_dir() else str(name)
         try:
-            return AutoModel.from_pretrained(str(name)).to(place).eval(), AutoTokenizer.from_pretrained(str(name))
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(0)  # a head that is not in the files is drawn, unused, and the same each time
+                model = AutoModel.from_pretrained(name)
+            return model.to(place).eval(), AutoTokenizer.from_pretrained(name)
         except OSError as error:
             raise ValueError(f"`encoder` must be a folder or Hub id of a model, got '{name}' ({error}).") from None
 
@@ -240,7 +245,7 @@ def _of_hugging_face(
         tokenizer = _find_tokenizer(model)
     config = model.config
     body = model.get_encoder() if getattr(config, "is_encoder_decoder", False) else model.base_model
-    limits = (max_tokens, tokenizer.model_max_length, getattr(config, "max_position_embeddings", None))
+    limits = (max_tokens, tokenizer.model_max_length, _find_positions(body))
     longest = min((n for n in limits if n is not None and n < LONGEST_ROW), default=None)
     fill = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
 
@@ -264,6 +269,14 @@ def _of_hugging_face(
     return PooledEncoder(encode=encode, model=body, name=_name(model), place=PLACE, pooling=pooling, max_tokens=longest)
 
 
+def _find_positions(body: Any) -> int | None:
+    """Number of tokens that an encoder has positions for; None where its configuration names no limit."""
+    limit = getattr(body.config, "max_position_embeddings", None)
+    learned = getattr(getattr(body, "embeddings", None), "position_embeddings", None)
+    first = getattr(learned, "padding_idx", None)  # RoBERTa's count from behind that of padding
+    return limit if limit is None or first is None else limit - first - 1
+
+
 def _of_language_model(
     model: Model,
     pooling: str | None,
@@ -282,7 +295,8 @@ def _of_language_model(
     place, longest = find_hook_point(model, hook_point), min(max_tokens or find_context(model), find_context(model))
 
     def encode(texts: Sequence[str]) -> Tensor:
-        tokens = tokenize(model, list(texts), longest, packed=False, bos=None)
+        n = min(longest, max(find_row(model, text) for text in texts))  # some models have no longest row
+        tokens = tokenize(model, list(texts), n, packed=False, bos=None)
         keep = mask.apply(tokens).keep
         _require_tokens([keep[tokens.doc_ids[:, 0] == i].any() for i in range(len(texts))], texts)
         lengths = tokens.attention_mask.sum(1).tolist()
@@ -297,7 +311,8 @@ def _of_language_model(
     about = describe_model(model)
     told = {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(mask).items()}
     return PooledEncoder(
-        encode=encode, model=model, name=about.name, place=place, pooling=pooling, mask=told, max_tokens=longest,
+        encode=encode, model=model, name=about.name, place=place, pooling=pooling, mask=told,
+        max_tokens=None if longest == sys.maxsize else longest,
         weight_processing=about.weight_processing,
     )  # fmt: skip
 

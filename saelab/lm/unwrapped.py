@@ -169,7 +169,7 @@ class WithOwnHooks(nn.Module):
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Context manager in which the model is in evaluation mode; restored afterward."""
-    training = [module for module in model.modules() if module.training] if model.training else []
+    training = [module for module in model.modules() if module.training]  # some may be, in a model that is not
     for module in training:
         module.training = False
     try:

@@ -155,7 +155,7 @@ def test_an_interrupted_call_goes_on_to_the_same_bytes(tmp_path, monkeypatch, st
         assert (tmp_path / "cut" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
     n = calls
     sl.embed(encode, texts, tmp_path / "cut", shard_rows=10, progress=False)
-    assert calls == n  # finished: opened at once
+    assert calls == n + 1  # finished: only the first document is compared
     with pytest.raises(ValueError, match="documents_sha256"):
         sl.embed(encode, texts[::-1], tmp_path / "cut", shard_rows=10, progress=False)
 
@@ -327,3 +327,60 @@ def test_a_picture_is_the_image_again():
         assert head == "data:image/png;base64" and (width, height, depth) == (5, 3, 8)
         assert color == {1: 0, 3: 2, 4: 6}[channels] and (rows[:, 0] == 0).all()
         assert np.array_equal(rows[:, 1:].reshape(pixels.shape), pixels)
+
+
+@pytest.mark.parametrize("kind", ["vectors", "arrays", "items", "function"])
+def test_a_folder_of_other_rows_is_never_opened(tmp_path, kind):
+    x = torch.randn(300, 8, generator=torch.Generator().manual_seed(0))
+    other = x.clone()
+    other[171, 3] += 1  # one value of many, which samples of them may miss
+    if kind == "vectors":
+        calls = [(x, None), (other, None)]
+    elif kind == "function":
+        texts = make_texts(len(x))
+        calls = [(lambda part: torch.ones(len(part), 3), texts), (lambda part: torch.zeros(len(part), 3), texts)]
+    else:
+        make = (lambda t: t.numpy()) if kind == "arrays" else (lambda t: [one.numpy() for one in t])
+        calls = [(lambda part: np.stack(list(part)), make(t)) for t in (x, other)]
+    for encoder, documents in (calls[0], calls[0]):
+        acts = sl.embed(encoder, documents, tmp_path / "acts", progress=False)
+    with pytest.raises(ValueError, match="resume=False"):
+        sl.embed(*calls[1], tmp_path / "acts", progress=False)
+    assert torch.equal(acts[:], sl.Activations.load(tmp_path / "acts")[:])
+
+
+def test_a_folder_without_the_head_of_its_class_gives_the_same_each_time(bert, tmp_path):
+    from transformers import BertForMaskedLM
+
+    model, tokenizer = bert
+    BertForMaskedLM(model.config).save_pretrained(tmp_path / "encoder")  # has no pooler, which is drawn
+    tokenizer.save_pretrained(tmp_path / "encoder")
+    state = torch.get_rng_state()
+    for _ in range(2):
+        sl.embed(tmp_path / "encoder", make_texts(3), tmp_path / "acts", pooling="mean", progress=False)
+    assert torch.equal(state, torch.get_rng_state())
+
+
+def test_long_documents_end_where_the_positions_do(bert):
+    from transformers import RobertaConfig, RobertaModel
+
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    config = RobertaConfig(vocab_size=16, max_position_embeddings=20, pad_token_id=0, **sizes)
+    encode = make_pooled_encoder(RobertaModel(config), "mean", tokenizer=bert[1])
+    assert encode.max_tokens == 19
+    assert encode.encode(["cat " * 40]).isfinite().all()
+
+
+@pytest.mark.parametrize("backend", ["huggingface", "transformer_lens"])
+def test_a_model_without_a_longest_row_is_pooled(tiny, backend):
+    from transformers import BloomConfig, BloomForCausalLM
+
+    sizes = {"hidden_size": 16, "n_layer": 2, "n_head": 2, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2}
+    hf_model = BloomForCausalLM(BloomConfig(vocab_size=tiny.cfg.d_vocab, **sizes)).eval()
+    model = sl.load_model(hf_model, tokenizer=tiny.tokenizer, backend=backend)
+    acts = sl.embed(model, ["a cat", "hen " * 20], pooling="mean", hook_point=HOOK, progress=False)
+    assert acts.provenance.ctx_len is None
+    tokens = sl.tokenize(model, ["hen " * 20], 100, packed=False)
+    keep = sl.TokenMask().apply(tokens).keep
+    x = sl.lm.capture(model, tokens.ids, [HOOK])[HOOK]
+    torch.testing.assert_close(acts[1], x[keep].mean(0))

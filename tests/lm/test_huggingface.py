@@ -356,3 +356,31 @@ def test_every_door_takes_a_plain_model() -> None:
         if "AnyModel" not in code or ("as_model(" not in code and name.rpartition(".")[2] not in handed_on)
     ]
     assert not closed, closed
+
+
+def test_a_model_moved_to_another_dtype_is_measured_again() -> None:
+    model = sl.load_model("tiny", backend="huggingface")
+    home = hook_points_of(model)
+    model.to(torch.bfloat16)
+    assert hook_points_of(model) is not home
+    assert hook_points_of(model)._last.dtype == torch.bfloat16
+
+
+def test_parts_in_training_mode_are_evaluated_and_left_so() -> None:
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=32, n_embd=16, n_layer=2, n_head=2, resid_pdrop=0.5)).eval()
+    model.transformer.h[0].train()
+    flags = [module.training for module in model.modules()]
+    ids = torch.arange(8)[None]
+    assert torch.equal(sl.lm.logits(model, ids), sl.lm.logits(model, ids))
+    assert flags == [module.training for module in model.modules()]
+
+
+def test_a_tokenizer_saved_later_is_found(tmp_path: Path) -> None:
+    tiny = sl.load_model("tiny", backend="huggingface")
+    tiny.original_model.save_pretrained(tmp_path)
+    tiny.original_model.config._name_or_path = str(tmp_path)
+    assert HuggingFaceModel(tiny.original_model).tokenizer is None
+    tiny.tokenizer.save_pretrained(tmp_path)
+    assert HuggingFaceModel(tiny.original_model).tokenizer is not None
