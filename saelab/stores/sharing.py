@@ -9,23 +9,35 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit, urlunsplit
+from urllib.parse import parse_qsl, urlsplit, urlunsplit
 
 ADDRESS = re.compile(r"[a-z][a-z0-9+.-]*://[^\s,;()\"'<>]+", re.IGNORECASE)
 PRIVATE_HOSTS = (".local", ".lan", ".internal", ".home", ".localdomain", ".intranet", ".corp")
+MACHINES = ("http", "https", "ws", "wss", "ftp", "ftps", "sftp", "ssh", "git", "tcp", "grpc")
+"""schemes whose addresses name a machine; that of others is a bucket, or `datasets` in hf://datasets/owner/name"""
 PRIVATE_ADDRESS = re.compile(r"(127|10|192\.168|169\.254|172\.(1[6-9]|2\d|3[01]))\.[\d.]+|[0-9a-f:]*:[0-9a-f:]*")
+PATH = re.compile(r"~|file:|\.{1,2}/|[A-Za-z]:[\\/]|\\\\|/[^/\n]+/")
+"""how a text begins that is a path as a whole, blanks included"""
+SHORTEST_KEY = 8
+"""letters; shorter values in a query are settings, such as the version of a protocol"""
+LOCAL = re.compile(
+    r"(?<![\w/.<])(?:~|[A-Za-z]:)?(?:[\\/](?:home|Users)[\\/][^,;()'\"<>\n\\/]+(?=[\\/]))?(?:[\\/][^\s,;()\\/]+)+"
+)
+"""an absolute path; the name of a home directory may have blanks, and names behind it end at one"""
 
 
 def shareable(name: str) -> str:
     """A name without private parts: a local path is cut to its last part.
 
-    A Hugging Face id is kept, and so is a URL, without its password and without the name of a machine that is not on
-    the internet.
+    A Hugging Face id is kept, and so is a URL, without its password, without its query, in which keys are sent, and
+    without the name of a machine that is not on the internet.
 
     >>> shareable("/home/ada/models/tiny"), shareable("EleutherAI/pythia-70m")
     ('tiny', 'EleutherAI/pythia-70m')
     >>> shareable("http://ada:secret@gpu-7:8000/v1")
     'http://local/v1'
+    >>> shareable("hf://datasets/roneneldan/TinyStories/train.txt"), shareable("https://host.org/text?key=secret")
+    ('hf://datasets/roneneldan/TinyStories/train.txt', 'https://host.org/text')
     """
     if "://" in name:
         return _shareable_address(name) if not name.startswith("file:") else name.rstrip("/").rpartition("/")[2]
@@ -80,13 +92,13 @@ def shareable_words(text: str) -> str:
     'SAE(TopK(k=2), at blocks.0 of tiny)'
     """
     text = ADDRESS.sub(lambda url: shareable(url[0]), text)
-    return re.sub(r"(?<![\w/:.<])(?:~|[A-Za-z]:)?(?:[\\/][^\s,;()\\/]+)+", lambda path: shareable(path[0]), text)
+    return LOCAL.sub(lambda path: shareable(path[0]), text)
 
 
 def _shareable_address(url: str) -> str:
-    """A URL without a name or password, and without a host that only a local network knows."""
-    parts = urlsplit(url)
-    host = (parts.hostname or "").lower()
+    """A URL without a name, password or query, and without a host that only a local network knows."""
+    parts = urlsplit(url)._replace(query="", fragment="")
+    host = (parts.hostname or "").lower() if parts.scheme in MACHINES else ""
     if host and ("." not in host or host.endswith(PRIVATE_HOSTS) or PRIVATE_ADDRESS.match(host)):
         return urlunsplit(parts._replace(netloc="local"))
     return urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2]))
@@ -104,25 +116,29 @@ def shareable_parts(value: Any) -> Any:
         return [shareable_parts(one) for one in value]
     if not isinstance(value, str):
         return value
-    return shareable(value) if value.startswith(("~", "./", "../")) else shareable_words(value)
+    return shareable(value) if PATH.match(value) else shareable_words(value)
 
 
 def hide_password(url: str) -> str:
-    """A URL whose user name and password, if any, are replaced by `***`.
+    """A URL whose user name and password, and whose query, if any, are replaced by `***`.
 
-    >>> hide_password("https://ada:secret@host:1234/v1")
-    'https://***@host:1234/v1'
+    >>> hide_password("https://ada:secret@host:1234/v1"), hide_password("https://host/v1?key=secret")
+    ('https://***@host:1234/v1', 'https://host/v1?***')
     """
     parts = urlsplit(url)
     _, at, host = parts.netloc.rpartition("@")
-    return urlunsplit(parts._replace(netloc=f"***@{host}")) if at else url
+    netloc = f"***@{host}" if at else parts.netloc
+    shown = parts._replace(netloc=netloc, query="***" if parts.query else "", fragment="")
+    return urlunsplit(shown) if at or parts.query else url
 
 
 def find_secrets(url: str) -> list[str]:
-    """The secrets in a URL: `name:password` and the password alone; empty without one.
+    """The secrets in a URL: `name:password`, the password alone, and what is long in its query; empty without one.
 
-    >>> find_secrets("https://ada:secret@host/v1")
-    ['ada:secret', 'secret']
+    >>> find_secrets("https://ada:secret@host/v1?key=0123456789")
+    ['ada:secret', 'secret', '0123456789']
     """
-    secret, at, _ = urlsplit(url).netloc.rpartition("@")
-    return [part for part in (secret, secret.partition(":")[2]) if part] if at else []
+    parts = urlsplit(url)
+    secret, at, _ = parts.netloc.rpartition("@")
+    found = [part for part in (secret, secret.partition(":")[2]) if part] if at else []
+    return found + [value for _, value in parse_qsl(parts.query) if len(value) >= SHORTEST_KEY]

@@ -168,6 +168,17 @@ def test_another_store_takes_the_place_of_one(hub: Hub, store: sl.FeatureStore, 
     assert sl.FeatureStore.from_pretrained(REPO, revision="dev").d_sae == 4096
 
 
+def test_a_store_of_the_same_sizes_is_sent(hub: Hub, tmp_path: Path, tiny: Any, tiny_tokens: Any) -> None:
+    sizes = []
+    for name in (PLACE, PLACE.replace("1", "0")):
+        acts = sl.collect(tiny, tiny_tokens[:8], name, tmp_path / name, progress=False)
+        assert isinstance(acts, sl.Activations)
+        sizes.append({file.name: file.stat().st_size for file in (tmp_path / name).rglob("*.safetensors")})
+        acts.push_to_hub(REPO)
+        assert torch.equal(sl.Activations.from_pretrained(REPO)[:], acts[:])
+    assert sizes[0] == sizes[1] and sizes[0]
+
+
 def test_a_pull_request_holds_all_commits(hub: Hub, store: sl.FeatureStore) -> None:
     assert store.push_to_hub(REPO, create_pr=True).endswith("/datasets/me/stores/discussions/1")
     assert not hub.files(REPO) and "manifest.json" in hub.files(REPO, "refs/pr/1")

@@ -249,3 +249,13 @@ def test_a_damaged_file_of_cards_is_told(browser: Any, page_path: Path, tmp_path
     made.goto(f"{copy.as_uri()}#/feature/219")
     made.locator('[role="alert"]', has_text="cards-0002.js is missing").wait_for()
     made.close()
+
+
+def test_an_address_without_a_feature_says_so(page: Any, page_path: Path) -> None:
+    page.goto(f"{page_path.as_uri()}#/feature/girls")
+    wait_until(
+        page, "document.querySelector('[role=alert]')?.textContent === 'There is no feature girls in this report.'"
+    )
+    page.goto(f"{page_path.as_uri()}#/feature/9?at=last&sort=peak")
+    page.locator(".fcard").wait_for()
+    assert "NaN" not in page.locator("#report").inner_text()

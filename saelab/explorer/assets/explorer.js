@@ -8,7 +8,7 @@ import { ListsPage } from "./lists_page.js";
 import { liveSource, readAbout } from "./live_source.js";
 import { Failure, useKeys, useLoaded } from "./loading.js";
 import { PromptPage } from "./prompt_page.js";
-import { go, replace, useRoute, useTitle, writeRoute } from "./routes.js";
+import { featureOf, go, replace, useRoute, useTitle, writeRoute } from "./routes.js";
 import { SteeringPage } from "./steering_page.js";
 
 const TITLES = {
@@ -39,7 +39,7 @@ function Explorer({ about, again }) {
     <main ref=${main} tabindex="-1">
       ${open === "features" && html`<${FeatureList} source=${source} query=${query} onQuery=${setQuery} version=${`${counting} ${comparing}`}
         note=${counting && "Tokens are still being counted: a search may miss some."} />`}
-      ${open === "feature" && html`<${ExplorerFeature} key=${id} feature=${Number(id)} ...${shared} />`}
+      ${open === "feature" && html`<${ExplorerFeature} key=${id} feature=${featureOf(id)} ...${shared} />`}
       ${open === "prompt" && html`<${PromptPage} ...${shared} />`}
       ${open === "steer" && html`<${SteeringPage} ...${shared} />`}
       ${PAGES.includes(open) && html`<${FiguresPage} key=${open} name=${open} title=${TITLES[open]} version=${comparing} ...${shared} />`}

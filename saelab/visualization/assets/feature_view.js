@@ -10,7 +10,7 @@ const BY_NUMBER = { sort: "feature", order: "asc" };
 // `query` has the list's search and order, and `at`, the feature's place in it; without them features go by number.
 export function FeatureSteps({ source, feature, query }) {
   const { at, ...rest } = query;
-  const asked = at === undefined ? BY_NUMBER : rest, place = at === undefined ? source.place(feature) : Number(at);
+  const asked = at === undefined ? BY_NUMBER : rest, place = at === undefined ? source.place(feature) : Number(at) || 0;
   const { value: near } = useLoaded(signal => source.features(asked, Math.max(place - 1, 0), 3, signal), [feature, JSON.stringify(query)]);
   const address = i => {
     const row = near && i >= 0 && near.rows[i - near.offset];

@@ -5,7 +5,7 @@ import { FeatureView } from "./feature_view.js";
 import { addCards, frozenSource } from "./frozen_source.js";
 import { useKeys } from "./loading.js";
 import { PromptTokens, strongest, TokenFeatures, valuesOf } from "./prompt_reading.js";
-import { go, replace, useRoute, useTitle, writeRoute } from "./routes.js";
+import { featureOf, go, replace, useRoute, useTitle, writeRoute } from "./routes.js";
 
 const read = id => JSON.parse(document.getElementById(id).textContent);
 const source = frozenSource(read("data")), summary = document.getElementById("summary").content;
@@ -34,7 +34,7 @@ function Report() {
   useTitle({ features: query.q ? `Features: ${query.q}` : "Features", prompts: "Prompts", summary: "Summary" }[open]);
   if (open === "prompts" || open === "summary") return html`<${Tabs} open=${open} /><${open === "prompts" ? Prompts : Summary} />`;
   return html`<${Tabs} open="features" />${open === "feature"
-    ? html`<${FeatureView} source=${source} feature=${Number(id)} query=${query} />`
+    ? html`<${FeatureView} source=${source} feature=${featureOf(id)} query=${query} />`
     : html`<${FeatureList} source=${source} query=${query} onQuery=${asked => replace(writeRoute("features", "", asked))} />`}`;
 }
 

@@ -16,6 +16,11 @@ export function writeRoute(view, id = "", query = {}) {
   return `#/${view}${id === "" ? "" : `/${id}`}${search ? `?${search}` : ""}`;
 }
 
+// The feature that an address names: a number, or what stands in its place, which no source has.
+export function featureOf(id) {
+  return /^\d+$/.test(id) ? Number(id) : id;
+}
+
 export function go(address) {
   location.hash = address;
 }
