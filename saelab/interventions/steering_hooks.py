@@ -273,7 +273,7 @@ def _change(intervention: Intervention, x: Tensor, read: Tensor, keep: Bool[Tens
             f"An SAE or direction must have the width of the hook point it steers, '{intervention.writes_at}' has "
             f"{x.shape[-1]}, got {intervention.rows.shape[1]}; use the one it was made for."
         )
-    if x.shape[:-1] != keep.shape:
+    if x.shape[: keep.ndim] != keep.shape:
         raise ValueError(
             f"A hook point that is steered must carry one vector per token, got {tuple(x.shape)} at "
             f"'{intervention.writes_at}' for tokens {tuple(keep.shape)}. Choose another one."

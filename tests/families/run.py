@@ -142,6 +142,7 @@ def main() -> int:
     parser.add_argument("--page", type=Path, default=PAGE)
     parser.add_argument("--seconds", type=float, default=3600.0, help="families that take longer are untested")
     parser.add_argument("--backend", choices=get_args(Backend), default="auto")
+    parser.add_argument("--each", type=float, default=120.0, help="seconds to wait for one family")
     parser.add_argument("--keep", type=Path, help="verdicts as JSON; families that are there are not tried again")
     parser.add_argument("--workers", type=int, default=2)
     options = parser.parse_args()
@@ -154,7 +155,8 @@ def main() -> int:
         waiting = {name: pool.apply_async(judge, (name, options.backend)) for name in names if name not in kept}
         for name, result in waiting.items():
             try:
-                found[name] = result.get(max(0.01, options.seconds - (time.monotonic() - begin)))
+                left_s = options.seconds - (time.monotonic() - begin)
+                found[name] = result.get(max(0.01, min(options.each, left_s)))
             except TimeoutError:
                 continue
             kept[name] = found[name]
