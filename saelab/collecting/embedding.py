@@ -154,6 +154,7 @@ class _Embedder:
     mask: dict[str, Any]
     max_tokens: int | None = None
     weight_processing: str = "none"
+    backend: str | None = None
     versions: dict[str, str]
     sketch: tuple[float, ...] | None = None
 
@@ -172,7 +173,8 @@ class _Encoded(_Embedder):
     def __init__(self, encoder: PooledEncoder) -> None:
         self.encoder, self.name, self.place, self.pooling = encoder, encoder.name, encoder.place, encoder.pooling
         self.mask, self.max_tokens, self.versions = encoder.mask, encoder.max_tokens, encoder.versions
-        self.weight_processing, self.sketch = encoder.weight_processing, sketch_weights(encoder.model)
+        self.weight_processing, self.backend = encoder.weight_processing, encoder.backend
+        self.sketch = sketch_weights(encoder.model)
 
     def read(self, documents: Any, start: int) -> Tensor:
         return self.encoder.encode(documents)
@@ -335,6 +337,7 @@ class EmbeddingJob:
             versions=made.versions,
             model_sketch=made.sketch,
             pooling=made.pooling,
+            backend=made.backend,
         )
 
 

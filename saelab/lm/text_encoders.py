@@ -48,11 +48,14 @@ class PooledEncoder:
     max_tokens: int | None = None
     """tokens of a document that are read"""
     weight_processing: str = "none"
+    backend: str | None = None
+    """what runs a model of `load_model`"""
 
     @property
     def versions(self) -> dict[str, str]:
         """Versions of the libraries that the vectors depend on."""
         names = ("saelab", "torch", "transformers", *(["sentence-transformers"] if self.pooling == OWN else []))
+        names += ("transformer-lens",) if self.backend == "transformer_lens" else ()
         return find_versions(names)
 
     def request(self) -> dict[str, Any]:
@@ -313,7 +316,7 @@ def _of_language_model(
     return PooledEncoder(
         encode=encode, model=model, name=about.name, place=place, pooling=pooling, mask=told,
         max_tokens=None if longest == sys.maxsize else longest,
-        weight_processing=about.weight_processing,
+        weight_processing=about.weight_processing, backend=about.backend,
     )  # fmt: skip
 
 

@@ -379,7 +379,8 @@ def test_a_model_without_a_longest_row_is_pooled(tiny, backend):
     hf_model = BloomForCausalLM(BloomConfig(vocab_size=tiny.cfg.d_vocab, **sizes)).eval()
     model = sl.load_model(hf_model, tokenizer=tiny.tokenizer, backend=backend)
     acts = sl.embed(model, ["a cat", "hen " * 20], pooling="mean", hook_point=HOOK, progress=False)
-    assert acts.provenance.ctx_len is None
+    assert acts.provenance.ctx_len is None and acts.provenance.backend == backend
+    assert ("transformer-lens" in acts.provenance.versions) == (backend == "transformer_lens")
     tokens = sl.tokenize(model, ["hen " * 20], 100, packed=False)
     keep = sl.TokenMask().apply(tokens).keep
     x = sl.lm.capture(model, tokens.ids, [HOOK])[HOOK]
