@@ -8,8 +8,8 @@ const FIELDS = {
   labeled: { title: "Label", options: { yes: "labeled", no: "without a label", person: "labeled by people" } },
   list: { title: "List" },
   author: { title: "Author of the label", type: "text" },
-  density_min: { title: "Density from", type: "number" },
-  density_max: { title: "Density to", type: "number" },
+  density_min: { title: "Density from (%)", type: "number", factor: 100 },
+  density_max: { title: "Density to (%)", type: "number", factor: 100 },
   peak_min: { title: "Peak from", type: "number" },
   score_min: { title: "Label score from", type: "number" },
   concept_min: { title: "Concept score from", type: "number" },
@@ -30,8 +30,10 @@ export function Filters({ source, query, ask }) {
 }
 
 function Field({ field, value, onChange }) {
-  const change = event => onChange(event.target.value);
-  if (field.type) return html`<input type=${field.type} step="any" min="0" value=${value} onChange=${change} />`;
+  const { factor } = field;  // of what is shown over what is asked for
+  const scaled = (number, by) => number && by ? String(Number((number * by).toPrecision(12))) : number;
+  const change = event => onChange(scaled(event.target.value, factor && 1 / factor));
+  if (field.type) return html`<input type=${field.type} step="any" min="0" value=${scaled(value, factor)} onChange=${change} />`;
   const options = Object.entries(field.options ?? {});
   return html`<select value=${value} onChange=${change}><option value="">all</option>
     ${options.map(([name, title]) => html`<option value=${name} selected=${name === value}>${title}</option>`)}</select>`;
