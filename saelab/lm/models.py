@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from saelab._lazy import uncollected
-from saelab.lm.hook_points import BridgeError, hook_points_of, is_close
+from saelab.lm.hook_points import BridgeError, HookPoints, hook_points_of, is_close
 from saelab.lm.huggingface import AnyModel, HuggingFaceModel, as_model, is_bridge
 from saelab.lm.loading_guards import hidden_bars, no_copied_embeddings, no_processes, offline
 from saelab.lm.model_checks import (
@@ -36,6 +36,7 @@ logger = logging.getLogger(__name__)
 Processing = Literal["none", "folded"]
 Backend = Literal["auto", "transformer_lens", "huggingface"]
 BUILT_IN = ("tales", "tales-b", "othello")
+BLOCK = "blocks.0.hook_out"
 WORLD_MODELS = Path(__file__).parents[1] / "synthetic" / "models"
 """folder of the built-in models"""
 
@@ -244,7 +245,9 @@ def _open(hf_model: Any, tokenizer: Any, name: str, backend: str, *, is_own: boo
     if backend != "huggingface":
         try:
             bridge = _wrap(hf_model, tokenizer, name)
-            hook_points_of(bridge)  # compares their logits
+            points = hook_points_of(bridge)  # compares their logits
+            if backend == "auto" and BLOCK in points.points:
+                _require_fired(points)
             logger.info("%s runs through a TransformerBridge, whose logits are Hugging Face's.", Path(name).name)
             return bridge
         except (ValueError, ImportError) as error:
@@ -258,6 +261,16 @@ def _open(hf_model: Any, tokenizer: Any, name: str, backend: str, *, is_own: boo
     if reason is not None:
         _tell(name, reason)
     return model
+
+
+def _require_fired(points: HookPoints) -> None:
+    """BridgeError where what a block returns passes by its hook point, as in OpenAI GPT's bridge."""
+    try:
+        points.look(BLOCK)
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:
+        raise BridgeError(str(error)) from error
 
 
 def _tell(name: str, reason: Exception) -> None:

@@ -273,6 +273,18 @@ def test_which_back_end_is_taken(caplog: pytest.LogCaptureFixture) -> None:
     assert "BioGptForCausalLM runs on Hugging Face's own modules" in caplog.text and "has a bridge for" in caplog.text
 
 
+def test_a_bridge_that_passes_over_its_blocks_is_not_taken(caplog: pytest.LogCaptureFixture) -> None:
+    """OpenAI GPT's blocks return lists, which no hook point of its bridge sees."""
+    from transformers import OpenAIGPTConfig, OpenAIGPTLMHeadModel
+
+    with torch.random.fork_rng(devices=[]):
+        plain = OpenAIGPTLMHeadModel(OpenAIGPTConfig(vocab_size=259, n_embd=32, n_layer=2, n_head=2, n_positions=64))
+    model = load_model(plain, tokenizer=tiny_model().tokenizer, weight_processing="none")
+    assert isinstance(model, HuggingFaceModel) and "fired 0 times" in caplog.text
+    tokens = sl.tokenize(model, ["the cat sat on the mat"], 16)
+    assert len(sl.collect(model, tokens, "blocks.1.hook_resid_post", progress=False)) > 8
+
+
 def test_folders_open_alike(tmp_path: Path) -> None:
     hf_model, ids = llama(), some_ids()
     hf_model.save_pretrained(tmp_path)
