@@ -179,4 +179,8 @@ def test_prompts_are_a_users_messages(folders, tiny, capsys, monkeypatch) -> Non
     template = "{% for m in messages %}[{{ m['role'] }}] {{ m['content'] }}|{% endfor %}"
     monkeypatch.setattr(tiny.tokenizer, "chat_template", template)
     assert dispatch(["steer", folders["sae"], "tiny", "One", "--feature", "1", "--chat", "--json", *SHORT]) == 0
-    assert json.loads(capsys.readouterr().out)["rows"][0]["prompt"] == "[user] One|"
+    [row, *_] = json.loads(capsys.readouterr().out)["rows"]
+    assert row["prompt"] == "[user] One|"
+    assert dispatch(["steer", folders["sae"], "tiny", "One", "--feature", "1", "--chat", "--stream", *SHORT]) == 0
+    said = capsys.readouterr().out
+    assert said.startswith("[unsteered] One") and "[steered] One" in said and "[user] One|" in said
