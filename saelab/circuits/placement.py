@@ -142,7 +142,7 @@ def place_dictionaries(
             found.append(_place(model, each, names, allow_mismatch))
     points = hook_points_of(model).points
     for i, one in enumerate(found):
-        if any(points[one.write] is points[other.write] for other in found[:i]):
+        if any(points[one.write] == points[other.write] for other in found[:i]):
             raise ValueError(f"A hook point must have one dictionary, got two for '{one.write}'; leave one out.")
     stack, n_layers = find_stack(model)
     found.sort(key=lambda one: (one.place.layer, PARTS.index(one.place.part)))

@@ -28,6 +28,7 @@ from saelab.visualization.graph_page import write_graph_page
 
 PROMPT = "A fox"
 ATTENTION, STREAM = "blocks.1.hook_attn_out", "blocks.1.hook_resid_post"
+ATTENTION_TOO = "blocks.1.attn.hook_out"
 
 
 def sum_edges(graph: AttributionGraph) -> np.ndarray:
@@ -371,7 +372,7 @@ def placed(tiny: Any, tiny_tokens: Any) -> sl.SAE:
         ([("blocks.0.hook_mlp_out", "blocks.0.hook_attn_out")], {}, "must read before it writes"),
         ([("blocks.0.hook_mlp_out", "blocks.0.mlp.hook_out")], {}, "must read before it writes"),
         (["blocks.0.mlp.out.hook_in"], {"is_transcoder": False}, "must be one of its output"),
-        ([ATTENTION, "blocks.1.attn.hook_out"], {"is_transcoder": False}, "one dictionary, got two"),
+        ([ATTENTION, ATTENTION_TOO], {"is_transcoder": False}, "one dictionary, got two"),
         ([("blocks.0.mlp.hook_in", "blocks.0.hook_mlp_out")], {"width": 16}, r"model's width \(32\)"),
         (["ln_final.hook_out"], {"is_transcoder": False}, "at an MLP, at an attention output or in the residual"),
         (["blocks.0.hook_nothing"], {"is_transcoder": False}, "must be a hook point of this model"),
@@ -389,6 +390,12 @@ def test_dictionaries_that_do_not_belong_are_refused_before_any_pass(
     coders = {place: make_coder(seed=i, **axes) for i, place in enumerate(places)}
     with pytest.raises(ValueError, match=complaint):
         trace(tiny, coders, PROMPT)
+
+
+def test_two_names_of_one_place_are_one_without_a_bridge(tiny) -> None:
+    coders = {place: make_coder(seed=i, is_transcoder=False) for i, place in enumerate((ATTENTION, ATTENTION_TOO))}
+    with pytest.raises(ValueError, match="one dictionary, got two"):
+        trace(sl.load_model(tiny, backend="huggingface"), coders, PROMPT)
 
 
 def test_dictionaries_of_other_weights_are_refused(tiny, tiny_tokens) -> None:
