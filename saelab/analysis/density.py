@@ -146,6 +146,8 @@ class DeadFeatures(Result):
     training: dict[str, int] | None
     """number of features dead both at the end of training and here, at the end of training only, and in the store only;
     None where training kept no count"""
+    counted: str = "tokens"
+    """what the rows of the store are: "tokens" or "documents\""""
 
     def of_kind(self, kind: str) -> list[int]:
         """Numbers of the features of one kind, such as "dead"; ValueError for an unknown kind."""
@@ -164,7 +166,8 @@ class DeadFeatures(Result):
 
     def __str__(self) -> str:
         limit = _no_firing_limit(self.n_tokens, self.confidence)
-        lines = [f"{len(self.kinds):,} features on {self.n_tokens:,} tokens; no firing means a rate below {limit:.2g}"]
+        rows = f"{self.n_tokens:,} {self.counted}"
+        lines = [f"{len(self.kinds):,} features on {rows}; no firing means a rate below {limit:.2g}"]
         lines.append(f"near-dead: below {self.near_dead_rate:g}; dense: above {self.dense_rate:g}")
         table = [[name, *(f"{counts.get(kind, 0):,}" for kind in KINDS)] for name, counts in self.groups.items()]
         lines += ["", *format_table([["features", *KINDS], *table])]
@@ -240,6 +243,7 @@ def dead_features(
         groups=_by_group(kinds, store.manifest.sae["config"].get("prefixes")),
         causes=find_causes(sae, store, silent[:n_explained], acts) if sae is not None else {},
         training=_compare_with_training(store, kinds),
+        counted=store.counted,
     )
 
 

@@ -180,6 +180,7 @@ class StoreSource(ComparisonSource):
             "alignment": str(Overview(**format_counts(common))) if isinstance(common, AlignedRows) else "",
             "n_rows": codes[0].n_rows,
             "n_tokens": codes[0].n_tokens,
+            "counted": a.counted,
             "sides": sides,
             "sources": tell_apart(a.folder, b.folder),
         }

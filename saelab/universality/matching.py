@@ -249,6 +249,13 @@ class Comparison(Result):
     alignment: str = ""
     baselines: Mapping[str, Matches] = field(default_factory=dict, repr=False)
     """a's features in other dictionaries, by name"""
+    counted: str = "tokens"
+    """what `n_tokens` counts: "tokens" or, of stores whose rows are documents, "documents\""""
+
+    @property
+    def rows_are(self) -> str:
+        """What similarities were measured on: "tokens" or "documents"."""
+        return "documents" if self.similarity == "documents" else self.counted
 
     @cached_property
     def universal_pairs(self) -> Int[np.ndarray, "n 2"]:
@@ -283,15 +290,14 @@ class Comparison(Result):
     def to_dict(self) -> dict[str, Any]:
         """All fields, ready for JSON, without the m nearest of each feature."""
         plain = ("similarity", "exact", "signed", "sides", "m", "n_shifts", "fdr", "min_effect", "seed", "n_rows")
-        found: dict[str, Any] = {name: getattr(self, name) for name in (*plain, "n_tokens", "alignment")}
+        found: dict[str, Any] = {name: getattr(self, name) for name in (*plain, "n_tokens", "counted", "alignment")}
         found |= {name: getattr(self, name).tolist() for name in ("mutual", "pairs", "values")}
         others = {name: one.to_dict() for name, one in self.baselines.items()}
         sides = {"a": self.a.to_dict(), "b": self.b.to_dict(), "baselines": others}
         return found | {"sources": list(self.sources), **sides}
 
     def __str__(self) -> str:
-        rows_are = "documents" if self.similarity == "documents" else "tokens"
-        rows = "" if self.n_rows is None else f" over {self.n_rows:,} common {rows_are}"
+        rows = "" if self.n_rows is None else f" over {self.n_rows:,} common {self.rows_are}"
         what = "sides of features" if self.sides else "features"
         floor = (
             ""

@@ -12,7 +12,7 @@ from saelab.analysis.density import KINDS, DeadFeatures
 from saelab.analysis.feature_similarity import NearestFeatures
 from saelab.sae.sae import SAE
 from saelab.stores.feature_store import FeatureStore
-from saelab.visualization.html import MINUS, OTHER, OWN, PLUS, apply_layout, count_tokens, escape_plotly, write_over
+from saelab.visualization.html import MINUS, OTHER, OWN, PLUS, apply_layout, count_rows, escape_plotly, write_over
 
 if TYPE_CHECKING:
     from plotly.graph_objects import Bar, Figure, Scatter
@@ -47,15 +47,17 @@ def plot_density(store: FeatureStore, *, near_dead_rate: float = 1e-5, dense_rat
         sides += [("positive", fires[:, 0], PLUS), ("negative", fires[:, 1], MINUS)]
     figure = make_subplots(rows=len(sides), cols=1, shared_xaxes=True, vertical_spacing=0.07)
     for row, (name, counts, color) in enumerate(sides, 1):
-        figure.add_trace(_count_rates(counts, n, name, color), row=row, col=1)
+        figure.add_trace(_count_rates(store, counts, name, color), row=row, col=1)
         figure.update_yaxes(title_text=f"features<br>{name}".removesuffix("<br>"), row=row, col=1)
     for name, rate in (("near-dead", near_dead_rate), ("dense", dense_rate)):
         if rate * n >= 1:  # or the line would stand among those that never fire
             _mark_rate(figure, name, rate)
     _scale_rates(figure, n)
-    figure.update_xaxes(title_text="share of tokens on which a feature fires (log scale)", row=len(sides), col=1)
+    figure.update_xaxes(
+        title_text=f"share of {store.counted} on which a feature fires (log scale)", row=len(sides), col=1
+    )
     never = f"never: no firing, so a rate below 3/N = {3 / n:.2g} (95 %)"
-    note = f"{store.d_sae:,} features on {count_tokens([n])}; {never}"
+    note = f"{store.d_sae:,} features on {count_rows([n], store.counted)}; {never}"
     return apply_layout(figure, "How often features fire", note, 300 if len(sides) == 1 else 560)
 
 
@@ -83,21 +85,25 @@ def _never(n_tokens: int) -> float:
     return -math.log10(n_tokens) - 2.5 / PER_DECADE
 
 
-def _count_rates(fires: np.ndarray, n_tokens: int, name: str, color: str) -> "Bar":
+def _count_rates(store: FeatureStore, fires: np.ndarray, name: str, color: str) -> "Bar":
     """Bars of features by the logarithm of their firing counts; bin borders are exact for integers."""
     from plotly.graph_objects import Bar
 
+    n_tokens, counted = len(store), store.counted
     n_bins = math.floor(PER_DECADE * math.log10(n_tokens) + 1e-9) + 1
     bins = np.floor(PER_DECADE * np.log10(fires[fires > 0]) + 1e-9).astype(int)
     edges = [min(n_tokens + 1, math.ceil(10 ** (i / PER_DECADE) - 1e-9)) for i in range(n_bins + 1)]
-    said = [f"{a:,} to {b - 1:,} tokens" if b - 1 > a else f"{a:,} token{'s' * (a > 1)}" for a, b in pairwise(edges)]
+    said = [
+        f"{a:,} to {b - 1:,} {counted}" if b - 1 > a else f"{a:,} {counted[: -1 if a == 1 else None]}"
+        for a, b in pairwise(edges)
+    ]
     return Bar(
         name=name,
         x=[_never(n_tokens), *((np.arange(n_bins) + 0.5) / PER_DECADE - math.log10(n_tokens))],
         y=[int((fires == 0).sum()), *np.bincount(bins, minlength=n_bins).tolist()],
         width=0.92 / PER_DECADE,
         marker={"color": [OTHER, *[color] * n_bins], "line": {"width": 0}},
-        customdata=[f"none of {n_tokens:,} tokens", *said],
+        customdata=[f"none of {n_tokens:,} {counted}", *said],
         hovertemplate="%{y:,} features fire on %{customdata}<extra>%{fullData.name}</extra>",
     )
 
@@ -125,20 +131,23 @@ def plot_activations(store: FeatureStore, feature: int) -> "Figure":
             width=edges[1],
             marker={"color": color, "line": {"width": 0}},
             customdata=np.stack([low, high], 1),
-            hovertemplate="%{y:,} tokens with z from %{customdata[0]:.3g} to %{customdata[1]:.3g}<extra></extra>",
+            hovertemplate="%{y:,} "
+            + store.counted
+            + " with z from %{customdata[0]:.3g} to %{customdata[1]:.3g}<extra></extra>",
         )
         figure.add_trace(bar)
     top = max((int(counts.max()) for counts in heights.values()), default=10)
     figure.update_yaxes(
-        title_text="tokens (log scale)", type="log", range=[math.log10(0.5), math.log10(2 * top)], dtick=1
+        title_text=f"{store.counted} (log scale)", type="log", range=[math.log10(0.5), math.log10(2 * top)], dtick=1
     )
     figure.update_xaxes(title_text="code z where the feature fires (the SAE's units)", zeroline=True)
     figure.update_layout(bargap=0, showlegend=True)
     if len(values) == 0:
         figure.update_xaxes(range=[-1, 1], showticklabels=False)
-        write_over(figure, f"It never fires in {n:,} tokens: its rate is below {3 / n:.2g}.")
+        write_over(figure, f"It never fires in {n:,} {store.counted}: its rate is below {3 / n:.2g}.")
     signs = f"{(values > 0).sum():,} positive, {(values < 0).sum():,} negative"
-    note = f"fires on {len(values):,} of {count_tokens([n])} ({len(values) / n:.2g}): {signs}; zeros are not drawn"
+    rows = count_rows([n], store.counted)
+    note = f"fires on {len(values):,} of {rows} ({len(values) / n:.2g}): {signs}; zeros are not drawn"
     return apply_layout(figure, f"Codes of feature {feature % store.d_sae}", note, 320)
 
 
@@ -177,7 +186,7 @@ def plot_dead_features(dead: DeadFeatures) -> "Figure":
     figure.update_xaxes(title_text="share of the group's features", range=[0, 1], tickformat=".0%")
     figure.update_yaxes(title_text="features", type="category", autorange="reversed", ticksuffix=" ", automargin=True)
     never = dead.high[dead.fires == 0]
-    note = f"{len(dead.kinds):,} features on {count_tokens([dead.n_tokens])}; dead: no firing"
+    note = f"{len(dead.kinds):,} features on {count_rows([dead.n_tokens], dead.counted)}; dead: no firing"
     note += f", so a rate below {never[0]:.2g} ({dead.confidence:.0%})" if len(never) else ""
     note += f"; near-dead: below {dead.near_dead_rate:g}; dense: above {dead.dense_rate:g}"
     return apply_layout(figure, "Features by how often they fire", note, 150 + 52 * len(groups))
@@ -304,7 +313,7 @@ def _draw_places(
 def _colors(store: FeatureStore | None, shown: Int[np.ndarray, "n"]) -> dict[str, Any]:
     if store is None:
         return {"color": OWN}
-    bar = {"title": {"text": "share of tokens<br>(log10)"}, "thickness": 12}
+    bar = {"title": {"text": f"share of {store.counted}<br>(log10)"}, "thickness": 12}
     rates = store.statistics.fires.sum(1)[shown] / len(store)
     return {"color": np.log10(rates), "colorscale": RATES, "colorbar": bar}
 
@@ -313,7 +322,9 @@ def _describe(feature: int, labels: Mapping[int, str], store: FeatureStore | Non
     lines = [f"feature {feature}", *([escape_plotly(labels[feature])] if feature in labels else [])]
     if store is not None:
         positive, negative = store.statistics.fires[feature].tolist()
-        lines.append(f"fires on {(positive + negative) / len(store):.2g} of tokens: {positive:,} +, {negative:,} -")
+        lines.append(
+            f"fires on {(positive + negative) / len(store):.2g} of {store.counted}: {positive:,} +, {negative:,} -"
+        )
     return "<br>".join(lines)
 
 
@@ -326,8 +337,8 @@ def _measure(source: SAE | NearestFeatures) -> str:
 def _tokens(source: SAE | NearestFeatures, store: FeatureStore | None) -> str:
     """Number of tokens, as text, that the figure was measured on."""
     if store is not None:
-        return f"firing rates over {count_tokens([len(store)])}"
+        return f"firing rates over {count_rows([len(store)], store.counted)}"
     if isinstance(source, NearestFeatures):
-        return "of directions, no tokens" if source.n_tokens is None else f"over {count_tokens([source.n_tokens])}"
+        return "of directions, no tokens" if source.n_tokens is None else f"over {count_rows([source.n_tokens])}"
     seen = (source.training_ or {}).get("n_tokens_seen")
-    return f"trained on {count_tokens([seen])}" if seen else "not trained"
+    return f"trained on {count_rows([seen])}" if seen else "not trained"

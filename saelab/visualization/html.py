@@ -211,14 +211,14 @@ def line_of(i: int) -> dict[str, Any]:
     return {"color": SERIES[i % len(SERIES)], "dash": DASHES[i // len(SERIES) % len(DASHES)]}
 
 
-def count_tokens(counts: Iterable[int]) -> str:
-    """Number of tokens of one result, or the range of several, as text.
+def count_rows(counts: Iterable[int], counted: str = "tokens") -> str:
+    """Number of tokens, or documents, of one result, or the range of several, as text.
 
-    >>> count_tokens([4096]), count_tokens([4096, 1024])
-    ('4,096 tokens', '1,024 to 4,096 tokens')
+    >>> count_rows([4096]), count_rows([4096, 1024], "documents")
+    ('4,096 tokens', '1,024 to 4,096 documents')
     """
     low, high = min(counts := list(counts)), max(counts)
-    return f"{high:,} tokens" if low == high else f"{low:,} to {high:,} tokens"
+    return f"{high:,} {counted}" if low == high else f"{low:,} to {high:,} {counted}"
 
 
 @cache

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 from saelab.analysis.pruning import PruningCurve
 from saelab.evaluation.results import Evaluation
 from saelab.training.loop import HistoryEntry
-from saelab.visualization.html import DASHES, LEGEND_WIDTH, OTHER, apply_layout, count_tokens, escape_plotly, line_of
+from saelab.visualization.html import DASHES, LEGEND_WIDTH, OTHER, apply_layout, count_rows, escape_plotly, line_of
 
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure, Scatter
@@ -68,7 +68,7 @@ def plot_training(source: History | Mapping[str, History]) -> "Figure":
         scale = LOG if key == "reconstruction" else {"rangemode": "tozero"}
         figure.update_yaxes(title_text=PANELS.get(key, ("", escape_plotly(key)))[1], **scale, **place)
     figure.update_xaxes(title_text="tokens seen", matches="x", rangemode="tozero")
-    seen = count_tokens(history[-1]["n_tokens"] for history in runs.values())
+    seen = count_rows(history[-1]["n_tokens"] for history in runs.values())
     return apply_layout(figure, "Training", f"{seen} seen; each point is the mean since the one before", 250 * n_rows)
 
 
@@ -146,7 +146,7 @@ def plot_frontier(
     figure.update_xaxes(title_text="L0: latents that fire per token (log scale)", type="log", tickformat="~g")
     _scale_quality(figure, y)
     figure.update_layout(showlegend=True)
-    note = f"evaluated on {count_tokens(one.n_tokens for one in every)}; bars: 95 % intervals over documents"
+    note = f"evaluated on {count_rows(one.n_tokens for one in every)}; bars: 95 % intervals over documents"
     note += f"; {n_lost} of {len(every)} left out: {y} or L0 unknown" if n_lost else ""
     return apply_layout(figure, "Fidelity and sparsity", note)
 
@@ -235,7 +235,7 @@ def plot_prefixes(result: PruningCurve | Evaluation, y: Quality = "fvu") -> "Fig
     )
     _scale_quality(figure, y)
     figure.update_layout(showlegend=True)
-    note = f"quality on {count_tokens([result.n_tokens])}"
+    note = f"quality on {count_rows([result.n_tokens])}"
     if isinstance(result, PruningCurve):
         note += f", order from {result.n_tokens_ranked:,} others; importance ~ rank^-{result.exponent:.2f}"
     return apply_layout(figure, "Quality by size of the dictionary", note)

@@ -22,7 +22,7 @@ from saelab.visualization.html import (
     OWN,
     PLUS,
     apply_layout,
-    count_tokens,
+    count_rows,
     decimal,
     escape_plotly,
     paragraph,
@@ -236,7 +236,8 @@ def _names(names: list[str]) -> list[str]:
 def _basis(comparisons: list[Comparison]) -> str:
     """Number of tokens, as text, that the comparisons were measured on."""
     counts = [one.n_tokens for one in comparisons if one.n_tokens is not None]
-    return f"over {count_tokens(counts)}" if counts else "of directions, no tokens"
+    kinds = " or ".join(sorted({one.counted for one in comparisons if one.n_tokens is not None}))
+    return f"over {count_rows(counts, kinds)}" if counts else "of directions, no tokens"
 
 
 def draw_comparison(comparison: Comparison) -> str:
@@ -368,7 +369,7 @@ class Matched:
     def _describe_pair(self, number: int) -> str:
         """Similarity, significance and relation of a match, as text."""
         found, side = self.comparison, self.comparison.a
-        partner, rows_are = int(side.partners[number]), "documents" if found.similarity == "documents" else "tokens"
+        partner, rows_are = int(side.partners[number]), found.rows_are
         median, high = (decimal(level) for level in side.chance)
         said = [f"{found.similarity} {side.similarity[number]:+.3f} (chance {median}, 95 % {high})"]
         said.append(f"p {format_p(side, number)}, q {side.q[number]:.2g}")

@@ -10,6 +10,8 @@ import torch
 from torch import nn
 
 import saelab as sl
+import saelab.analysis
+import saelab.visualization as viz
 from saelab.cli.app import dispatch
 from saelab.lm.text_encoders import make_pooled_encoder, pool
 from saelab.lm.tokenizers import SpecialWords, word_tokenizer
@@ -282,13 +284,22 @@ def test_the_command_line_from_text_to_report(bert_folder, tmp_path, monkeypatch
     for words in (["features", "store"], ["dead", "store", "--sae", "sae"], ["info", "store"]):
         capsys.readouterr()
         assert dispatch(words) == 0
-        assert "400" in capsys.readouterr().out
+        said = capsys.readouterr().out
+        assert "400" in said and " tokens" not in said, said
     assert dispatch(["label", "store", *quiet]) == 0
     said = capsys.readouterr()
-    assert "the word" in said.out and not said.err
+    assert "the word" in said.out and "documents, scored on" in said.out and not said.err
     assert dispatch(["label", "store", "--untrained", *quiet]) == 2
     assert "must be of a store of tokens" in capsys.readouterr().err
     assert dispatch(["compare", "store", "store", "--shifts", "2", *quiet]) == 0
+    assert "over 400 common documents" in capsys.readouterr().out
+    for figure in (
+        viz.plot_density(store),
+        viz.plot_activations(store, 0),
+        viz.plot_dead_features(sl.analysis.dead_features(store)),
+    ):
+        drawn = figure.to_json()
+        assert "400 documents" in drawn and " tokens" not in drawn, drawn
     page = Path("report/index.html").read_text()
     assert "Documents" in page and "pooling: mean" in page and read_cards(page)[0]["counted"] == "documents"
     capsys.readouterr()

@@ -79,6 +79,8 @@ class RuleLabels(Result):
     untrained: dict[str, float | int] | None = None
     """for an untrained dictionary on the same tokens: n_sides that fire, the share with a good rule, and the median f1
     of those; None where none was labeled"""
+    counted: str = "tokens"
+    """what was counted: "tokens" or "documents\""""
 
     def of(self, feature: int) -> tuple[RuleLabel, ...]:
         """The rows of one feature, the positive sign first."""
@@ -94,8 +96,8 @@ class RuleLabels(Result):
         counts = ", ".join(f"{kinds.count(kind)} {kind}" for kind in dict.fromkeys(sorted(kinds)))
         lines = [
             f"{len(good):,} of {len(self.rows):,} signs of features have a good rule ({counts})",
-            f"rules of {self.n_predicates} predicates, chosen on {self.n_train:,} tokens, scored on {self.n_tokens:,}; "
-            f"good: q <= {self.fdr:g}, F1 above chance >= {self.min_skill:g}",
+            f"rules of {self.n_predicates} predicates, chosen on {self.n_train:,} {self.counted}, "
+            f"scored on {self.n_tokens:,}; good: q <= {self.fdr:g}, F1 above chance >= {self.min_skill:g}",
             self._format_floor(),
         ]
         titles = ["feature", "F1", "chance", "prec.", "recall", "AUROC", "share", "rule"]
@@ -149,7 +151,18 @@ class RuleLabels(Result):
         )
 
     def _provenance(self) -> dict[str, object]:
-        names = ("source", "n_predicates", "n_tested", "fdr", "min_skill", "train_frac", "seed", "n_train", "n_tokens")
+        names = (
+            "source",
+            "n_predicates",
+            "n_tested",
+            "fdr",
+            "min_skill",
+            "train_frac",
+            "seed",
+            "n_train",
+            "n_tokens",
+            "counted",
+        )
         return {name: getattr(self, name) for name in names}
 
 

@@ -323,6 +323,7 @@ def label_by_rules(
     return RuleLabels(
         rows=rows, n_predicates=len(predicates), n_tested=n_tested, **settings, n_train=work.train.n_tokens,
         n_tokens=work.held.n_tokens, signed=store.signed, source=store.folder.resolve().name, untrained=floor,
+        counted=store.counted,
     )  # fmt: skip
 
 
