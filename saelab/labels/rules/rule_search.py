@@ -336,10 +336,8 @@ def _prepare(
         predicates = make_predicates(store)
     if untrained is not None:
         require_same_tokens(store, untrained)
-    if predicates.matrix.shape[0] != len(store):
-        raise ValueError(
-            f"`predicates` must have a row for each of the {len(store)} tokens, got {predicates.matrix.shape[0]}."
-        )
+    if (n := predicates.matrix.shape[0]) != len(store):
+        raise ValueError(f"`predicates` must have a row for each of the {len(store)} {store.counted}, got {n}.")
     return store, untrained, predicates
 
 
