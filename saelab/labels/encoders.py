@@ -2,7 +2,7 @@
 
 import hashlib
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -121,17 +121,19 @@ class VectorIndex:
         return len(self._vectors)
 
     def compare(self, query: str, texts: Sequence[str]) -> Float[np.ndarray, "n"]:
-        """Cosine of the query with each text; where some are new, all of them are what is kept from then on."""
+        """Cosine of the query with each text; texts that are new are kept, beside those there are."""
         if not texts:
             return np.zeros(0, np.float32)
         if any(_digest(text) not in self._vectors for text in texts):
-            self.update([*texts])
+            self._keep({**dict.fromkeys(self._vectors, ""), **{_digest(text): text for text in texts}})
         rows = np.stack([self._vectors[_digest(text)] for text in texts])
         return rows @ encode_texts(self.encoder, [query], queries=True)[0]
 
     def update(self, texts: Sequence[str]) -> int:
         """Encode texts that are new, and forget those that are not among `texts`; returns how many were new."""
-        wanted = {_digest(text): text for text in texts}
+        return self._keep({_digest(text): text for text in texts})
+
+    def _keep(self, wanted: Mapping[bytes, str]) -> int:
         new = {key: text for key, text in wanted.items() if key not in self._vectors}
         if not new and len(wanted) == len(self._vectors):
             return 0

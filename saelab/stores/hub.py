@@ -152,7 +152,8 @@ def _open_repository(repo: str, path: str, patterns: Sequence[str], hub: HubAcce
 
     given = {} if hub.cache_dir is None else {"assets_dir": Path(hub.cache_dir)}
     home = cached_assets_path("saelab", namespace=repo, subfolder="commits", **given)
-    note = home / f"{hashlib.sha256((hub.revision or '').encode()).hexdigest()[:16]}.commit"
+    asked = f"{hub.revision or ''}:{path}" if path else hub.revision or ""
+    note = home / f"{hashlib.sha256(asked.encode()).hexdigest()[:16]}.commit"
     if hub.local_files_only or constants.HF_HUB_OFFLINE:
         return _open_cached(repo, path, hub, home, note)
     api = HfApi(token=hub.token)
@@ -221,7 +222,7 @@ def write_card(manifest: Manifest, to: Upload, load: str) -> str:
     place = to.repo_id if to.path_in_repo is None else f"{to.repo_id}/{to.path_in_repo}"
     where = f'"{to.repo_id}"' + (f', "{to.path_in_repo}"' if to.path_in_repo else "")
     told = {
-        "holds": f"{manifest.kind} of {manifest.n_tokens:,} tokens",
+        "holds": f"{manifest.kind} of {manifest.n_tokens:,} {manifest.counted}",
         "SAE": getattr(manifest, "source", ""),
         "model": f"{origin.get('model')} (weight processing: {origin.get('weight_processing')})",
         "hook point": origin.get("hook_point"),

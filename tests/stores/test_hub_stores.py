@@ -51,6 +51,17 @@ def test_a_store_comes_back(hub: Hub, store: sl.FeatureStore) -> None:
     assert 'sl.FeatureStore.from_pretrained("me/stores", "deep/one")' in card and PLACE in card
 
 
+def test_offline_each_folder_is_that_of_its_last_fetch(hub: Hub, store: sl.FeatureStore) -> None:
+    """Another folder fetched from a later commit takes nothing away."""
+    store.push_to_hub(REPO, path_in_repo="one")
+    sl.FeatureStore.from_pretrained(REPO, "one")
+    store.push_to_hub(REPO, path_in_repo="two")
+    sl.FeatureStore.from_pretrained(REPO, "two")
+    for name in ("one", "two"):
+        read = sl.FeatureStore.from_pretrained(REPO, name, local_files_only=True)
+        assert np.array_equal(read.statistics.fires, store.statistics.fires)
+
+
 @pytest.fixture(scope="module")
 def large(tmp_path_factory: pytest.TempPathFactory, tiny: Any, tiny_tokens: Any) -> sl.FeatureStore:
     """A store with many blocks: the rows of a small one, many times over."""
