@@ -1,4 +1,4 @@
-"""`monitor`: how far each message of a conversation lies along traits, beside random directions."""
+"""`monitor`: how far each message of a conversation lies along traits, beside the same pairs with ends exchanged."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -36,7 +36,7 @@ class MessageReading:
     last: dict[str, float]
     """level of the last token, of a user's message what the reply begins from"""
     chance: dict[str, tuple[float, float]]
-    """range of 95 % of random directions of the same length"""
+    """range of 95 % of the directions of the same pairs, the ends of half of which are exchanged"""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -55,14 +55,14 @@ class TraitReadings(Result):
     levels: Float[np.ndarray, "n_traits n_tokens"] = field(repr=False)
     kept: Bool[np.ndarray, "n_tokens"] = field(repr=False)
     """tokens that are not special"""
-    n_random: int
+    n_exchanges: int
     seed: int
 
     def __str__(self) -> str:
         places = ", ".join(f"{name} at {at}" for name, at in zip(self.traits, self.hook_points, strict=True))
         n = int(self.kept.sum())
-        lines = [f"{places}; {n:,} tokens, {self.n_random} random directions, seed {self.seed}"]
-        table = [["message", "tokens", *(title for name in self.traits for title in ("random", name, "last token"))]]
+        lines = [f"{places}; {n:,} tokens, {self.n_exchanges} exchanges, seed {self.seed}"]
+        table = [["message", "tokens", *(title for name in self.traits for title in ("exchanged", name, "last token"))]]
         for i, row in enumerate(self.rows):
             cells = []
             for name in self.traits:
@@ -70,7 +70,9 @@ class TraitReadings(Result):
                 outside = "" if low <= row.levels[name] <= high else " *"
                 cells += [f"{low:.2f} to {high:.2f}", f"{row.levels[name]:.2f}{outside}", f"{row.last[name]:.2f}"]
             table.append([f"{i + 1} {row.role}", f"{row.n_tokens:,}", *cells])
-        return "\n".join([*lines, *format_table(table), "* outside of 95 % of random directions"])
+        return "\n".join(
+            [*lines, *format_table(table), "* outside of 95 % of the directions of pairs whose ends are exchanged"]
+        )
 
 
 def monitor(
@@ -78,7 +80,7 @@ def monitor(
     text: str | Messages | Conversation | Dialogue,
     traits: Trait | Sequence[Trait],
     *,
-    n_random: int = 100,
+    n_exchanges: int = 200,
     seed: int = 0,
 ) -> TraitReadings:
     """Levels of traits at every token of a conversation or text, and their means over each message.
@@ -86,18 +88,20 @@ def monitor(
         level = (x - negative) . v / |v|^2        v = positive - negative, the means of the descriptions' ends
 
     The model is as it is when this is called: inside `steer` the steered one. A message's tokens include what the chat
-    template writes around it. Random directions r give `1/2 + (x - middle) . r / |v|`: how far text like this lies from
-    the descriptions along any direction.
+    template writes around it. The range of chance is that of `1/2 + (x - middle) . w / |v|^2` over directions w of the
+    same pairs and length, the ends of a random half of which are exchanged: how far such a text lies from the
+    descriptions along whatever else the pairs differ in. Random directions of the space would be no null: activations
+    lie further along a difference of two texts than along them.
 
     Args:
         model: language model.
         text: messages, a dialogue of `converse`, or a text, which counts as one message.
         traits: directions to read, each at its own best hook point.
-        n_random: random directions for each trait.
+        n_exchanges: draws of exchanged ends for each trait.
         seed: of these.
 
     Raises:
-        ValueError: for no trait, two of one name, fewer than 20 random directions, and a text that does not fit the
+        ValueError: for no trait, two of one name, fewer than 20 exchanges, and a text that does not fit the
             model's context.
 
     >>> model = sl.lm.tiny_model()
@@ -111,8 +115,8 @@ def monitor(
     names = tuple(trait.name for trait in found)
     if not found or len(set(names)) < len(names):
         raise ValueError(f"`traits` must be at least one, with different names, got {list(names)}.")
-    if n_random < 20:
-        raise ValueError(f"`n_random` must be at least 20 for a range of 95 %, got {n_random}.")
+    if n_exchanges < 20:
+        raise ValueError(f"`n_exchanges` must be at least 20 for a range of 95 %, got {n_exchanges}.")
     ids, parts = _read(model, text)
     special = torch.tensor(sorted(find_special_ids(model)) if model.tokenizer is not None else [], dtype=torch.long)
     kept = torch.isin(ids, special, invert=True)
@@ -121,7 +125,7 @@ def monitor(
     for trait in found:
         here = x[trait.hook_point][0].float().cpu()
         levels[trait.name] = trait.level(here)
-        by_chance[trait.name] = _level_randomly(trait, here, n_random, seed)
+        by_chance[trait.name] = _level_exchanged(trait, here, n_exchanges, seed)
     rows = []
     for role, start, stop in parts:
         of = torch.arange(start, stop)[kept[start:stop]]
@@ -139,15 +143,14 @@ def monitor(
     return TraitReadings(
         rows=tuple(rows), traits=names, hook_points=tuple(trait.hook_point for trait in found),
         tokens=tuple(spell(model.tokenizer, ids.tolist()).words), kept=kept.numpy(),
-        levels=torch.stack([levels[name] for name in names]).numpy(), n_random=n_random, seed=seed,
+        levels=torch.stack([levels[name] for name in names]).numpy(), n_exchanges=n_exchanges, seed=seed,
     )  # fmt: skip
 
 
-def _level_randomly(trait: Trait, x: Float[Tensor, "n d_in"], n_random: int, seed: int) -> Float[Tensor, "n n_random"]:
-    """Levels along random directions as long as the trait's."""
+def _level_exchanged(trait: Trait, x: Float[Tensor, "n d_in"], n: int, seed: int) -> Float[Tensor, "n n_drawn"]:
+    """Levels along the directions of the same pairs with ends exchanged."""
     ends = [torch.from_numpy(end[trait.hook_point]) for end in (trait.positive, trait.negative)]
-    drawn = torch.randn(x.shape[1], n_random, generator=torch.Generator().manual_seed(seed))
-    return 0.5 + (x - (ends[0] + ends[1]) / 2) @ (drawn / drawn.norm(dim=0)) / (ends[0] - ends[1]).norm()
+    return 0.5 + (x - (ends[0] + ends[1]) / 2) @ trait.draw_exchanged(n, seed).T / (ends[0] - ends[1]).square().sum()
 
 
 def _read(model: Model, text: Any) -> tuple[Tensor, list[tuple[str, int, int]]]:

@@ -64,6 +64,8 @@ class Trait(Result):
     """mean activation of the positive ends by hook point"""
     negative: dict[str, Float[np.ndarray, "d_in"]] = field(repr=False)
     """mean activation of the negative ends by hook point"""
+    differences: Float[np.ndarray, "n_pairs d_in"] = field(repr=False)
+    """positive less negative end of each pair at `hook_point`"""
     n_pairs: int
     n_texts: int
     """number of texts that were read, of both ends"""
@@ -91,6 +93,17 @@ class Trait(Result):
         at = self._find(hook_point)
         v = torch.from_numpy(self.vector(at)).to(x.device)
         return (x.float() - torch.from_numpy(self.negative[at]).to(x.device)) @ v / v.square().sum()
+
+    def draw_exchanged(self, n: int, seed: int = 0) -> Float[Tensor, "n d_in"]:
+        """Directions as long as the trait's of the same pairs, the ends of a random half of which are exchanged: what
+        the pairs differ in beside the trait.
+        """
+        rng = np.random.default_rng(seed)
+        signs = np.where(np.arange(self.n_pairs) < self.n_pairs // 2, -1.0, 1.0)
+        drawn = np.stack([rng.permutation(signs) * rng.choice([-1.0, 1.0]) for _ in range(n)]) @ self.differences
+        size = np.linalg.norm(drawn, axis=1, keepdims=True)
+        length = np.linalg.norm(self.vector())
+        return torch.from_numpy((drawn * (length / np.maximum(size, 1e-30))).astype(np.float32))
 
     def _find(self, hook_point: str | None) -> str:
         at = hook_point or self.hook_point
@@ -122,13 +135,17 @@ class Trait(Result):
                 name: {at: np.array(vector, np.float32) for at, vector in data.pop(name).items()}
                 for name in ("positive", "negative")
             }
+            ends["differences"] = np.array(data.pop("differences"), np.float32)
             found = cls(rows=rows, **ends, **{n: _number(v) for n, v in data.items()})
         except (ValueError, TypeError, KeyError, AttributeError, UnicodeDecodeError) as error:
             names = [one.name for one in fields(cls)]
             raise ValueError(f"{path} must be a trait as `save` writes it, with {names}, got: {error}.") from error
         shapes = [(name, vector.shape) for end in (found.positive, found.negative) for name, vector in end.items()]
-        if len(set(shapes)) * 2 != len(shapes) or found.hook_point not in found.positive:
-            raise ValueError(f"{path} must have one vector of each end at each hook point, got shapes {shapes}.")
+        same = len(set(shapes)) * 2 == len(shapes) and found.hook_point in found.positive
+        if not same or found.differences.shape != (found.n_pairs, len(found.positive[found.hook_point])):
+            raise ValueError(
+                f"{path} must have one vector of each end at each hook point, and of each pair, got shapes {shapes}."
+            )
         return found
 
 
@@ -209,6 +226,7 @@ def trait_vector(
     means = [{point: x.mean(0).float().numpy() for point, x in end.items()} for end in ends]
     return Trait(
         name=name, hook_point=best.hook_point, rows=tuple(rows), p=p, positive=means[0], negative=means[1],
+        differences=(ends[0][best.hook_point] - ends[1][best.hook_point]).float().numpy(),
         n_pairs=len(pairs), n_texts=2 * len(pairs) * max(1, len(questions)), n_tokens=reader.n_tokens,
         read="answers" if questions else read, seed=seed,
     )  # fmt: skip

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
         plot_prefixes as plot_prefixes,
         plot_training as plot_training,
     )
+    from saelab.visualization.trait_plots import plot_levels as plot_levels
     from saelab.visualization.universality_plots import (
         Value as Value,
         plot_layers as plot_layers,

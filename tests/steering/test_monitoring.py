@@ -34,10 +34,27 @@ def test_levels_are_those_of_the_formula(tiny, trait) -> None:
     assert row.levels["glad"] == pytest.approx(found.levels[0, 1:].mean())
     assert row.last["glad"] == pytest.approx(found.levels[0, -1])
     assert "".join(found.tokens[1:]) == "I am glad"
-    low, high = row.chance["glad"]
+    drawn = trait.draw_exchanged(200, 0).numpy()
+    np.testing.assert_allclose(np.linalg.norm(drawn, axis=1), np.linalg.norm(v), rtol=1e-5)
     middle = (trait.positive[trait.hook_point] + trait.negative[trait.hook_point]) / 2
-    off = np.linalg.norm(x[1:].mean(0) - middle) / np.linalg.norm(v) / np.sqrt(32)
-    assert low < 0.5 < high and 1 < (high - low) / off < 8, "four standard deviations of a random cosine, about"
+    by_chance = 0.5 + (x[1:] - middle) @ drawn.T / (v @ v)
+    np.testing.assert_allclose(row.chance["glad"], np.quantile(by_chance.mean(0), [0.025, 0.975]), atol=1e-4)
+
+
+def test_a_trait_of_nothing_is_seldom_outside_of_chance(tiny) -> None:
+    """Pairs drawn from one pool, text of the same pool: exchanging their ends changes nothing in distribution."""
+    rng, words = np.random.default_rng(0), list("abcdefghijklmnop")
+    outside = []
+    for _ in range(12):
+        texts = ["".join(rng.choice(words, 12)) for _ in range(17)]
+        pairs = list(zip(texts[:8], texts[8:16], strict=True))
+        own = trait_vector(tiny, pairs, hook_points=["blocks.1.hook_resid_post"], progress=False)
+        [row] = monitor(tiny, texts[16], own).rows
+        low, high = row.chance["trait"]
+        outside.append(not low <= row.levels["trait"] <= high)
+    from scipy.stats import binom
+
+    assert sum(outside) <= binom.ppf(0.9999, len(outside), 0.08), "0.05, and what 35 different halves leave uneven"
 
 
 def test_the_descriptions_themselves_lie_at_0_and_1(tiny, trait) -> None:
@@ -80,7 +97,7 @@ def test_bad_input_is_refused(tiny, trait) -> None:
     for traits, text, options, message in (
         ([], "Hi", {}, "at least one"),
         ([trait, trait], "Hi", {}, "different names"),
-        (trait, "Hi", {"n_random": 5}, "at least 20"),
+        (trait, "Hi", {"n_exchanges": 5}, "at least 20"),
         (trait, " ", {}, "blank"),
         (trait, "x" * 400, {}, "context"),
     ):

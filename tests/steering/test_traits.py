@@ -117,7 +117,13 @@ def test_a_trait_comes_back_from_its_file(tiny, tmp_path: Path) -> None:
     read = Trait.load(tmp_path / "trait.json")
     assert str(read) == str(found) and np.array_equal(read.vector(), found.vector()) and read.read == "last"
     data = json.loads((tmp_path / "trait.json").read_text())
-    for change in ({"rows": 3}, {"positive": {POINT: [1.0]}}, {"more": 1}, {"hook_point": "blocks.9.hook_out"}):
+    for change in (
+        {"rows": 3},
+        {"positive": {POINT: [1.0]}},
+        {"more": 1},
+        {"differences": [[1.0]]},
+        {"hook_point": "blocks.9.hook_out"},
+    ):
         (tmp_path / "bad.json").write_text(json.dumps(data | change))
         with pytest.raises(ValueError, match=r"json must (be a trait|have one)"):
             Trait.load(tmp_path / "bad.json")
