@@ -15,7 +15,7 @@ if TYPE_CHECKING:
         SourceCurve as SourceCurve,
         SteeringCurve as SteeringCurve,
     )
-    from saelab.steering.dialogues import Dialogue as Dialogue, Turn as Turn, converse as converse
+    from saelab.steering.dialogues import Dialogue as Dialogue, DialogueTurn as DialogueTurn, converse as converse
     from saelab.steering.dose_response import (
         EditBlock as EditBlock,
         SteeringSource as SteeringSource,

@@ -23,12 +23,12 @@ from saelab.lm.huggingface import AnyModel, as_model
 from saelab.lm.model_checks import Model
 from saelab.stores.results import Result
 
-History = Literal["clean", "steered"]
+DialogueHistory = Literal["clean", "steered"]
 Steering: TypeAlias = Sequence[Intervention] | Sequence[Sequence[Intervention]]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Turn:
+class DialogueTurn:
     """What was said to the model, and its reply."""
 
     said: str
@@ -43,7 +43,7 @@ class Turn:
 class Dialogue(Result):
     """Turns of a dialogue, the last of which holds all its tokens."""
 
-    turns: tuple[Turn, ...]
+    turns: tuple[DialogueTurn, ...]
     history: str
     """"clean" or "steered", as in `converse`"""
     system: str | None
@@ -64,7 +64,7 @@ class Dialogue(Result):
         return self.turns[-1].reply.all_ids
 
     def to_dict(self) -> dict[str, Any]:
-        """History, seed, and of each turn what was said and replied, with ids and log-probabilities."""
+        """DialogueHistory, seed, and of each turn what was said and replied, with ids and log-probabilities."""
         turns = [
             {
                 "said": turn.said, "reply": turn.reply.text, "start": turn.start, "ids": list(turn.reply.ids),
@@ -86,7 +86,7 @@ def converse(
     says: str | Sequence[str],
     interventions: Steering = (),
     *,
-    history: History = "clean",
+    history: DialogueHistory = "clean",
     system: str | None = None,
     before: Dialogue | None = None,
     n_tokens: int = 50,
@@ -129,8 +129,8 @@ def converse(
     model = as_model(model)
     if before is not None:
         history, system, seed = before.history, before.system, before.seed  # type: ignore[assignment]
-    if history not in get_args(History):
-        raise ValueError(f"`history` must be one of {get_args(History)}, got '{history}'.")
+    if history not in get_args(DialogueHistory):
+        raise ValueError(f"`history` must be one of {get_args(DialogueHistory)}, got '{history}'.")
     is_chat = bool(getattr(model.tokenizer, "chat_template", None))
     if system is not None and not is_chat:
         raise ValueError("`system` needs a tokenizer with a chat template, got none; say it in the first turn.")
@@ -149,7 +149,7 @@ def converse(
                 model, ids[None], n_tokens, seed=drawn, sampling=sampling, stop_at_eos=stop_at_eos,
                 use_cache=use_cache, progress=False,
             )[0]  # fmt: skip
-        turns.append(Turn(said=text, reply=made, start=start, interventions=tuple(now)))
+        turns.append(DialogueTurn(said=text, reply=made, start=start, interventions=tuple(now)))
     return Dialogue(turns=tuple(turns), history=history, system=system, is_chat=is_chat, seed=seed)
 
 
@@ -163,7 +163,7 @@ def _spread(given: Steering, n: int) -> list[Sequence[Intervention]]:
     return several
 
 
-def _read_chat(model: Model, turns: Sequence[Turn], text: str, system: str | None) -> Int[Tensor, "n"]:
+def _read_chat(model: Model, turns: Sequence[DialogueTurn], text: str, system: str | None) -> Int[Tensor, "n"]:
     """Token ids of a conversation up to where the model replies."""
     first = [{"role": "system", "content": system}] if system is not None else []
     past = [(("user", turn.said), ("assistant", turn.reply.text)) for turn in turns]
@@ -172,7 +172,7 @@ def _read_chat(model: Model, turns: Sequence[Turn], text: str, system: str | Non
     return torch.tensor(Conversation(messages).encode(model.tokenizer, reply=True))
 
 
-def _go_on(model: Model, turns: Sequence[Turn], text: str) -> Int[Tensor, "n"]:
+def _go_on(model: Model, turns: Sequence[DialogueTurn], text: str) -> Int[Tensor, "n"]:
     """Token ids of a running text: those there are, as they were drawn, and the new ones where the tokenizer adds them
     to the old text; where it joins old and new ones, the text is tokenized again.
     """
@@ -186,7 +186,7 @@ def _go_on(model: Model, turns: Sequence[Turn], text: str) -> Int[Tensor, "n"]:
     return torch.cat([known, whole[len(before) :]])
 
 
-def _find_start(ids: Int[Tensor, "n"], last: Turn | None, history: History) -> int:
+def _find_start(ids: Int[Tensor, "n"], last: DialogueTurn | None, history: DialogueHistory) -> int:
     """Number of tokens that were there before; a kept cache has not read the last one."""
     if last is None:
         return 0
@@ -211,7 +211,7 @@ def _within(one: Intervention, positions: slice) -> Any:
     return replace(one.places, positions=positions)
 
 
-def _earlier(turns: Sequence[Turn], end: int) -> list[Intervention]:
+def _earlier(turns: Sequence[DialogueTurn], end: int) -> list[Intervention]:
     """What steered the tokens of earlier turns, at the places that it had."""
     found = []
     for turn, start in zip(turns, [*(turn.start for turn in turns[1:]), end], strict=False):

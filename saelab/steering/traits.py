@@ -24,7 +24,7 @@ from saelab.lm.tokenizers import find_special_ids
 from saelab.stores.jobs import hidden
 from saelab.stores.results import Result, format_table
 
-Read = Literal["mean", "last"]
+DescriptionPart = Literal["mean", "last"]
 Text: TypeAlias = str | Messages | Conversation
 FEW = 6
 """pairs below which all divisions of signs leave no p below 1/16"""
@@ -160,7 +160,7 @@ def trait_vector(
     *,
     questions: Sequence[str] = (),
     hook_points: Sequence[str] | None = None,
-    read: Read = "mean",
+    read: DescriptionPart = "mean",
     n_tokens: int = 48,
     sampling: SamplingConfig = SAMPLING,
     n_exchanges: int = 2000,
@@ -205,8 +205,8 @@ def trait_vector(
     model = as_model(model)
     if len(pairs) < 2 or any(len(pair) != 2 or isinstance(pair, str | Mapping) for pair in pairs):
         raise ValueError(f"`pairs` must hold two or more (positive, negative) texts, got {len(pairs)}: {pairs!r:.80}.")
-    if read not in get_args(Read):
-        raise ValueError(f"`read` must be one of {get_args(Read)}, got '{read}'.")
+    if read not in get_args(DescriptionPart):
+        raise ValueError(f"`read` must be one of {get_args(DescriptionPart)}, got '{read}'.")
     if n_exchanges < 1 or n_tokens < 1:
         raise ValueError(f"`n_exchanges` and `n_tokens` must be at least 1, got {n_exchanges} and {n_tokens}.")
     points = hook_points or [f"blocks.{i}.hook_resid_post" for i in range(model.cfg.n_layers)]
@@ -245,7 +245,7 @@ def ask_under(model: Model, description: Text, question: str) -> str | Conversat
 class _Reader:
     """Mean activations of texts and of answers at some hook points."""
 
-    def __init__(self, model: Model, points: list[str], read: Read, progress: bool) -> None:
+    def __init__(self, model: Model, points: list[str], read: DescriptionPart, progress: bool) -> None:
         self.model, self.points, self.read, self.progress, self.n_tokens = model, points, read, progress, 0
         special = find_special_ids(model) if model.tokenizer is not None else ()
         self.special = torch.tensor(sorted(special), dtype=torch.long)
@@ -263,7 +263,7 @@ class _Reader:
         made = generate(self.model, prompts, n_tokens, seed=seed, sampling=sampling, progress=self.progress)
         return self._average([torch.tensor(one.all_ids) for one in made], [len(one.prompt_ids) for one in made], "mean")
 
-    def _average(self, rows: Sequence[Tensor], starts: Sequence[int], read: Read) -> dict[str, Tensor]:
+    def _average(self, rows: Sequence[Tensor], starts: Sequence[int], read: DescriptionPart) -> dict[str, Tensor]:
         """Mean activation of the tokens of each row from its start on, special ones left out."""
         found: dict[str, list[Tensor]] = {point: [] for point in self.points}
         bar = tqdm(zip(rows, starts, strict=True), total=len(rows), delay=2, disable=hidden(self.progress))
