@@ -31,7 +31,7 @@ def count_hooks(model: Any) -> int:
 @pytest.fixture(params=["llama", "gpt2"], scope="module")
 def model(request: pytest.FixtureRequest) -> Iterator[Any]:
     """Shared by the tests that leave a model as it was, which is checked at the end."""
-    model = tiny_model(architecture=request.param)
+    model = tiny_model(architecture=request.param, backend="transformer_lens")
     logits(model, some_ids())
     before = count_hooks(model), {name: p.clone() for name, p in model.named_parameters()}
     yield model
@@ -43,7 +43,7 @@ def model(request: pytest.FixtureRequest) -> Iterator[Any]:
 @pytest.fixture(params=["llama", "gpt2"])
 def fresh(request: pytest.FixtureRequest) -> Any:
     """For tests that change it, or that are about the first look at a hook point."""
-    return tiny_model(architecture=request.param)
+    return tiny_model(architecture=request.param, backend="transformer_lens")
 
 
 def test_old_and_canonical_spellings_are_the_same_tensor(model: Any) -> None:
