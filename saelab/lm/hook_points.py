@@ -194,7 +194,7 @@ class BridgeHookPoints(HookPoints):
             found = run(plain, self.probe)
             if not is_close(found, logits):
                 raise ValueError(
-                    "A TransformerBridge must compute what its model does, but the bridge's logits are "
+                    "A TransformerBridge must compute what its model does, got one whose logits are "
                     f"{_distance(logits, found):.1%} away from Hugging Face's. Take `load_model(bridge, "
                     "backend='huggingface')`, which runs Hugging Face's own modules."
                 )

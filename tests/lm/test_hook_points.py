@@ -153,7 +153,7 @@ def fail_bridge(wrong: Any) -> None:
 @pytest.mark.parametrize(
     ("spoil", "reason"),
     [
-        (break_bridge, "bridge's logits are .* away from Hugging Face's"),
+        (break_bridge, "one whose logits are .* away from Hugging Face's"),
         (fail_bridge, "fails with AttributeError: no attribute 'embed_positions'"),
     ],
 )
