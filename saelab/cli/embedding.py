@@ -37,6 +37,7 @@ def embed_texts(
     separator: options.Separator = options.SEPARATOR,
     field: options.Name = options.FIELD,
     device: options.Device = None,
+    backend: options.BackendName = "auto",
     overwrite: Annotated[bool, Option("--overwrite", help="Delete activations in the folder and start over.")] = False,
     progress: options.Progress = True,
 ) -> None:
@@ -54,7 +55,7 @@ def embed_texts(
 
     if dtype not in options.DTYPES:
         raise ValueError(f"`--dtype` must be one of {', '.join(options.DTYPES)}, got '{dtype}'.")
-    model, tokenizer = load_text_encoder(encoder, hook_point=hook_point, device=choose_device(device))
+    model, tokenizer = load_text_encoder(encoder, hook_point=hook_point, device=choose_device(device), backend=backend)
     embed(
         model,
         text,

@@ -64,6 +64,7 @@ def explore_store(
     port: Annotated[int | None, Option(metavar="N", show_default="8765, or any that is free")] = None,
     browser: Annotated[bool, Option("--browser/--no-browser", help="Open a browser, or not.")] = False,
     device: options.Device = None,
+    backend: options.BackendName = "auto",
 ) -> None:
     """Show the features of a store in a browser: search, read, name and steer them.
 
@@ -82,7 +83,7 @@ def explore_store(
     coder = open_sae(opened, sae)
     explorer = Explorer.open(
         opened,
-        partial(load_recorded, opened, model, chosen),
+        partial(load_recorded, opened, model, chosen, backend),
         coder.to(chosen) if coder is not None else None,
         compare=compare,
         evaluation=evaluation,

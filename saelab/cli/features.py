@@ -143,6 +143,7 @@ def write_report(
     ] = None,
     compare: Annotated[Path | None, Option(metavar="STORE", show_default="none")] = None,
     title: Annotated[str, Option(show_default="features, hook point and model")] = "",
+    backend: options.BackendName = "auto",
     progress: options.Progress = True,
 ) -> None:
     """Write a report to search and sort in a browser: every feature with text on which it fires.
@@ -157,7 +158,7 @@ def write_report(
 
     opened = FeatureStore.load(store)
     coder = open_sae(opened, sae)
-    lm = open_model(opened, model, progress) if coder is not None else None
+    lm = open_model(opened, model, progress, backend=backend) if coder is not None else None
     made = report(
         opened,
         out,

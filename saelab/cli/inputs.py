@@ -69,7 +69,9 @@ def _leave_out(what: str, error: Exception, option: str) -> None:
     echo(f"The {what} could not be opened ({reason}). What rests on it is left out: give {option}.", err=True)
 
 
-def open_model(store: FeatureStore, named: str | None, progress: bool, option: str = "--model") -> "Model | None":
+def open_model(
+    store: FeatureStore, named: str | None, progress: bool, option: str = "--model", backend: str = "auto"
+) -> "Model | None":
     """The model that is named, else the one that the store has; None, with a line on stderr, where that is gone, and
     without one where rows are documents, whose features promote no tokens.
     """
@@ -77,24 +79,25 @@ def open_model(store: FeatureStore, named: str | None, progress: bool, option: s
     if store.of_documents and named is None:
         return None
     if named is not None:
-        return load_model(named, weight_processing=processing, progress=progress)
+        return load_model(named, weight_processing=processing, backend=backend, progress=progress)
     recorded = store.provenance.model
     try:
         with offline():
-            return load_model(store.find_recorded(recorded), weight_processing=processing, progress=progress)
+            found = store.find_recorded(recorded)
+            return load_model(found, weight_processing=processing, backend=backend, progress=progress)
     except (OSError, ValueError) as error:
         _leave_out(f"model '{recorded}'", error, option)
     return None
 
 
-def load_recorded(store: FeatureStore, named: str | None, device: torch.device) -> Model:
+def load_recorded(store: FeatureStore, named: str | None, device: torch.device, backend: str = "auto") -> Model:
     """The model that is named, else the one that the store has, where that is on this machine."""
     processing = store.provenance.weight_processing
     if named is not None:
-        return load_model(named, device=device, weight_processing=processing, progress=False)
+        return load_model(named, device=device, weight_processing=processing, backend=backend, progress=False)
     with offline():
         recorded = store.find_recorded(store.provenance.model)
-        return load_model(recorded, device=device, weight_processing=processing, progress=False)
+        return load_model(recorded, device=device, weight_processing=processing, backend=backend, progress=False)
 
 
 def open_sae(store: FeatureStore, named: str | None) -> SAE | None:
@@ -113,14 +116,20 @@ def open_sae(store: FeatureStore, named: str | None) -> SAE | None:
 
 
 def open_recorded(
-    store: FeatureStore, sae: str | None, model: str | None, progress: bool, option: str, ranks: RankGrid
+    store: FeatureStore,
+    sae: str | None,
+    model: str | None,
+    progress: bool,
+    option: str,
+    ranks: RankGrid,
+    backend: str = "auto",
 ) -> tuple[SAE, Model] | None:
     """The SAE and the model of a store, by name or as the store has them; None, with a line on stderr, where one is
     gone. ValueError where that is so in some processes only.
     """
     with ranks.together():
         coder = open_sae(store, sae)
-        lm = open_model(store, model, progress and ranks.is_first, option) if coder is not None else None
+        lm = open_model(store, model, progress and ranks.is_first, option, backend) if coder is not None else None
     ranks.require_equal({"SAE and model of the store at hand": coder is not None and lm is not None})
     return None if coder is None or lm is None else (coder, lm)
 

@@ -155,7 +155,7 @@ def find_wanted(
 
 @contextmanager
 def open_floor(
-    store: FeatureStore, sae: str | None, model: str | None, progress: bool, ranks: RankGrid
+    store: FeatureStore, sae: str | None, model: str | None, progress: bool, ranks: RankGrid, backend: str = "auto"
 ) -> Iterator[FeatureStore | None]:
     """The same rows from an untrained dictionary, for a while; None where the store's SAE and model are not at hand."""
     if store.of_documents:
@@ -163,7 +163,7 @@ def open_floor(
             "`--untrained` must be of a store of tokens, got one of documents. Make their baseline in Python: "
             "`harvest_untrained` takes their activations."
         )
-    opened = open_recorded(store, sae, model, progress, "--lens-model", ranks)
+    opened = open_recorded(store, sae, model, progress, "--lens-model", ranks, backend)
     if opened is None:
         yield None
         return
@@ -199,11 +199,12 @@ def read_lens(
     model: str | None,
     progress: bool,
     ranks: RankGrid,
+    backend: str = "auto",
 ) -> LogitLens | None:
     """What features promote, where the store's SAE and model are at hand; those of documents promote no tokens."""
     if store.of_documents and model is None:
         return None
-    opened = open_recorded(store, sae, model, progress, "--lens-model", ranks)
+    opened = open_recorded(store, sae, model, progress, "--lens-model", ranks, backend)
     if opened is None:
         return None
     coder, lm = opened

@@ -206,6 +206,7 @@ def label_features(
         str | None,
         Option(help="The language model whose features they are.", metavar="MODEL", show_default="as the store has it"),
     ] = None,
+    backend: options.BackendName = "auto",
     llm: Annotated[
         str | None,
         Option(
@@ -297,12 +298,11 @@ def label_features(
 
         wanted, asked_of = json.loads(ranks.on_first(choose))
         floor = untrained and not estimate and (wanted != [] or asked_of != [])
-        made = labelers.open_floor(opened, sae, lens_model, progress, ranks) if floor else nullcontext()
+        made = labelers.open_floor(opened, sae, lens_model, progress, ranks, backend) if floor else nullcontext()
         baseline = stack.enter_context(made)
         if by_rules:
-            found = (
-                labelers.read_lens(opened, wanted, sae, lens_model, progress, ranks) if lens and wanted != [] else None
-            )
+            reads = lens and wanted != []
+            found = labelers.read_lens(opened, wanted, sae, lens_model, progress, ranks, backend) if reads else None
             labelers.keep_rules(
                 opened, rules or labelers.BUILTIN, predicates, rule_tokens, wanted, found, baseline, ranks
             )

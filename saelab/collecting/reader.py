@@ -21,12 +21,13 @@ from saelab.functional.autocast import autocast_dtype, computing_in
 from saelab.functional.indices import PART
 from saelab.lm.concurrent import Capture, make_captures, map_in_order
 from saelab.lm.hooks import capture, find_hook_point, find_median_norms, norms_of, require_finite
-from saelab.lm.huggingface import AnyModel, as_model
+from saelab.lm.huggingface import AnyModel, as_model, is_bridge
 from saelab.lm.masks import TokenMask
-from saelab.lm.model_checks import Model, sketch_weights
+from saelab.lm.model_checks import Model, has_processed_weights, sketch_weights
 from saelab.lm.models import describe_model
 from saelab.lm.tokenizers import token_strings
 from saelab.lm.tokens import PADDING, Tokens
+from saelab.lm.unwrapped import strip
 from saelab.stores.activations import Activations
 from saelab.stores.corpus import StoredText
 from saelab.stores.manifest import Provenance, dtype_name
@@ -162,7 +163,7 @@ class ActivationReader:
         return {
             "model": model.name,
             "weight_processing": model.weight_processing,
-            "weights": fingerprint(dict(self.model.named_parameters())),
+            "weights": _fingerprint_model(self.model),
             "hook_points": list(self.hook_points),
             "tokens_sha256": tokens.sha256,
             "mask": _plain(self.mask.to_dict()),
@@ -465,6 +466,22 @@ def fingerprint(weights: Mapping[str, Tensor]) -> str:
         values = weight.detach().take(places).cpu()  # `flatten` would copy a transposed weight
         digest.update(values.view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()[:16]
+
+
+class WeightsFingerprint(str):
+    """Fingerprint of a model's weights by Hugging Face's names, so that it is the same for either back end."""
+
+    earlier: str | None = None
+    """what was recorded of the same weights in a bridge before fingerprints were of Hugging Face's names"""
+
+
+def _fingerprint_model(model: Model) -> WeightsFingerprint:
+    named = dict(model.named_parameters())
+    if not is_bridge(model) or has_processed_weights(model):  # of folded weights only a bridge has any
+        return WeightsFingerprint(fingerprint(named))
+    made = WeightsFingerprint(fingerprint(dict(strip(model.original_model)[0].named_parameters())))
+    made.earlier = fingerprint(named)
+    return made
 
 
 def _kind_of(model: Model) -> str:

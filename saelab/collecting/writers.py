@@ -433,14 +433,25 @@ def _is_of_kind(path: Path, kind: type[Manifest]) -> bool:
 def _resume(folder: Path, request: dict[str, Any], kind: type[AnyManifest]) -> AnyManifest:
     manifest = kind.load(folder)
     before = manifest.request
-    if differing := [key for key in request | before if before.get(key) != request.get(key)]:
+    if differing := [key for key in request | before if not _is_same(before.get(key), request.get(key))]:
         what = "; ".join(f"{key}: there {before.get(key)!r}, now {request.get(key)!r}" for key in differing)
         raise ValueError(
             f"{folder} can be resumed only with the arguments it was begun with, got others ({what}). "
             "Use those, choose another folder, or pass resume=False to delete what is there and start over."
+            + (EARLIER if differing == ["weights"] else "")
         )
     manifest.check_shards(folder)
     return manifest
+
+
+EARLIER = (
+    " If the weights are the same and the folder was begun by saelab before its fingerprints were those of either back "
+    "end, load the model with backend='transformer_lens' to resume it."
+)
+
+
+def _is_same(before: Any, now: Any) -> bool:
+    return bool(before == now or (before is not None and before == getattr(now, "earlier", None)))
 
 
 def _remove_strangers(folder: Path, manifest: Manifest) -> None:

@@ -22,7 +22,7 @@ from saelab.evaluation.supervised_dictionary import (
 )
 from saelab.interventions.edited_runs import EditedRuns
 from saelab.interventions.prompt_metrics import Texts, read_last
-from saelab.lm.model_checks import Model
+from saelab.lm.huggingface import AnyModel, as_model
 from saelab.sae.sae import SAE
 from saelab.stores.results import Result, find_row, format_table
 
@@ -42,7 +42,7 @@ class EditTask:
     do not match.
     """
 
-    model: Model
+    model: AnyModel
     hook_point: str
     """where activations are read and edited"""
     ids: Mapping[str, Int[Tensor, "n_prompts n"]]
@@ -64,6 +64,7 @@ class EditTask:
     """the attribute of each original prompt that its answer tells; `score_disentanglement` needs it"""
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "model", as_model(self.model))
         shapes = {tuple(ids.shape) for ids in self.ids.values()}
         if ORIGINAL not in self.ids or len(shapes) != 1 or set(self.ids) != set(self.attributes):
             raise ValueError(
@@ -106,7 +107,7 @@ class EditTask:
 
     def _runs(self, version: str = ORIGINAL) -> EditedRuns:
         """Runs of one version's prompts, of which the logits after the last token are read."""
-        return EditedRuns(self.model, Texts(self.ids[version], self.lengths), read_last)
+        return EditedRuns(as_model(self.model), Texts(self.ids[version], self.lengths), read_last)
 
     def predict(
         self, x: Float[Tensor, "n_prompts n_places d_in"] | None = None, version: str = ORIGINAL

@@ -58,7 +58,7 @@ class LayersBelow:
         """What the last of the layers puts out, in the model's dtype and without gradient; the forward pass ends there.
 
         Args:
-            model: the bridge that the plain model belongs to.
+            model: what the plain model belongs to.
             ids: token ids, padded on the right.
         """
         with within_context(model, ids):
@@ -259,18 +259,18 @@ def find_layers_below(model: Model, hook_point: str) -> LayersBelow | None:
     [1, 2]
     """
     home = hook_points_of(model)
-    if home.plain is None or not home.is_bare or home.route([hook_point])[0] is not home.plain:
+    home.look(hook_point)  # so that a wrong name always raises
+    if not home.is_bare:
         return None
     known = _known.setdefault(home, {})
     if hook_point not in known:
         with home.aside():
-            known[hook_point] = _try(home, home.plain, hook_point)
+            known[hook_point] = _try(home, home.running, hook_point)
     return known[hook_point]
 
 
 def _try(home: HookPoints, plain: nn.Module, hook_point: str) -> LayersBelow | None:
-    site = home.plain_site(hook_point)
-    layers = _list_before(plain, *site) if site is not None else ()
+    layers = _list_before(plain, *home.site(hook_point))
     if not layers:
         return None
     try:

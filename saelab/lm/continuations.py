@@ -50,8 +50,8 @@ def read_continuations(model: Model, prompts: Sequence[Sequence[int]], texts: Se
             f"Each prompt must have a text, both of at least one token, got {len(prompts)} prompts and {len(texts)} "
             "texts, or an empty one among them."
         )
-    module, _ = hook_points_of(model).route([])
-    caching, lengths = hook_points_of(model).caching(module), sorted({len(prompt) for prompt in prompts})
+    home, lengths = hook_points_of(model), sorted({len(prompt) for prompt in prompts})
+    module, caching = home.running, home.caching
     if len(lengths) == 1 or caching.pads(module, max(map(len, prompts)) + max(map(len, texts))):
         return _read(module, caching, prompts, texts)
     groups = [[i for i, prompt in enumerate(prompts) if len(prompt) == length] for length in lengths]

@@ -275,8 +275,7 @@ def _find_batches(
 ) -> Iterator[list[tuple[int, int]]]:
     """The jobs in batches; prompts of different lengths are kept apart where padding would change their logits."""
     home = hook_points_of(model)
-    module, _ = home.route([])
-    if home.caching(module).pads(module, max(len(rows[p]) for p, _ in jobs) + n_tokens):
+    if home.caching.pads(home.running, max(len(rows[p]) for p, _ in jobs) + n_tokens):
         groups = [list(jobs)]
     else:
         lengths = sorted({len(rows[p]) for p, _ in jobs})
@@ -308,11 +307,11 @@ class _Run:
 
     def __init__(self, model: Model, rows: list[Tensor], n_tokens: int, sampler: Sampler, use_cache: bool) -> None:
         home = hook_points_of(model)
-        self.module, _ = home.route([])
+        self.module = home.running
         self.device = next(self.module.parameters()).device
         ids, real = pad_rows([row.tolist() for row in rows], left=True)
         self.ids, self.real = ids.to(self.device), real.to(self.device)
-        self.n_tokens, self.sampler, self.caching = n_tokens, sampler, home.caching(self.module)
+        self.n_tokens, self.sampler, self.caching = n_tokens, sampler, home.caching
         self.use_cache = use_cache and self.caching.keeps(self.module, ids.shape[1], n_tokens)
         self.before: Any = None  # output of the previous step, where its cache is used
 

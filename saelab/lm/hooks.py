@@ -72,16 +72,16 @@ def capture(
     """
     model = as_model(model)
     names = list(dict.fromkeys(hook_points))
-    plain_or_bridge, sites = hook_points_of(model).route(names)
+    running, sites = hook_points_of(model).route(names)
     with within_context(model, ids):
-        return read_sites(plain_or_bridge, dict(zip(names, sites, strict=True)), to_model(model, ids), stop=stop)
+        return read_sites(running, dict(zip(names, sites, strict=True)), to_model(model, ids), stop=stop)
 
 
 def read_sites(model: nn.Module, sites: dict[str, Site], ids: Tensor, *, stop: bool) -> dict[str, Tensor]:
-    """Activations as `capture` returns them, on the bridge or the plain model, at modules already found.
+    """Activations as `capture` returns them, at modules already found.
 
     Args:
-        model: the bridge's wrapped model or the plain Hugging Face model.
+        model: the module that runs.
         sites: module and side by name of the hook point.
         ids: (batch, ctx_len) token ids, padded on the right.
         stop: end the forward pass after the last hook point needed.
@@ -193,9 +193,7 @@ def _split(home: HookPoints, tap: Tap) -> Iterator[Tap]:
         new = tap(x.view(*shape.now, -1))
         return None if new is None else new.reshape(x.shape)
 
-    with ExitStack() as stack:
-        for module in home.trees:
-            stack.enter_context(module.register_forward_pre_hook(shape.follow, with_kwargs=True))
+    with home.running.register_forward_pre_hook(shape.follow, with_kwargs=True):
         yield split
 
 
@@ -252,9 +250,9 @@ def logits(
     torch.Size([1, 4, 259])
     """
     model = as_model(model)
-    plain_or_bridge, _ = hook_points_of(model).route([])
+    running = hook_points_of(model).running
     with torch.set_grad_enabled(grad), within_context(model, ids):
-        return run_as_set(plain_or_bridge, to_model(model, ids))
+        return run_as_set(running, to_model(model, ids))
 
 
 def next_token_loss(
@@ -325,7 +323,7 @@ class TokenTracker(OwnHook):
             raise ValueError("Steering needs forwards that get token ids (batch, n), got one without `input_ids`.")
         kwargs = _name_arguments(module, args) | kwargs
         cache = find_given(kwargs)
-        if cache is not None and self.home.caching(module).argument is None:  # even if it is empty
+        if cache is not None and self.home.caching.argument is None:  # even if it is empty
             raise ValueError(
                 "A forward may go on from a cache only where that gives the logits of the whole text, got one through "
                 "a model that loses it, as a TransformerBridge may with another release of transformers. Run with "
@@ -392,14 +390,12 @@ def _find_positions(ids: Tensor, n_past: int, attention_mask: Any, before: Tenso
 
 @contextmanager
 def watch(model: Model, tracker: TokenTracker | None = None) -> Iterator[TokenTracker]:
-    """Context manager that yields a `TokenTracker` tracking every forward pass of the model, through a bridge or the
-    plain Hugging Face model; the one given goes on with the text of an earlier block.
+    """Context manager that yields a `TokenTracker` tracking every forward pass of the model; the one given goes on with
+    the text of an earlier block.
     """
     home = hook_points_of(model)
     flow = TokenTracker(home) if tracker is None else tracker
-    with ExitStack() as stack:
-        for module in home.trees:
-            stack.enter_context(module.register_forward_pre_hook(flow.follow, with_kwargs=True))
+    with home.running.register_forward_pre_hook(flow.follow, with_kwargs=True):
         yield flow
 
 

@@ -14,9 +14,10 @@ from weakref import WeakValueDictionary
 
 from torch import nn
 
-from saelab.lm.model_checks import Model, admit_object, admit_tokenizer, find_limit
+from saelab.lm.model_checks import Model, admit_object, admit_tokenizer, find_limit, has_processed_weights
 from saelab.lm.module_names import count_layers, text_config
 from saelab.lm.tokenizers import copy_tokenizer
+from saelab.lm.unwrapped import set_attention, strip
 
 AnyModel: TypeAlias = Model | nn.Module
 """What is accepted as a model: what `load_model` returns, or a causal Hugging Face model as it is."""
@@ -201,3 +202,16 @@ def is_bridge(model: Any) -> bool:
     """Whether an object is a TransformerBridge; transformer_lens is not imported to tell."""
     bridges = sys.modules.get("transformer_lens.model_bridge")
     return bridges is not None and isinstance(model, bridges.TransformerBridge)
+
+
+def plain_of(model: Model) -> HuggingFaceModel:
+    """A plain model of a model's weights, with modules of its own; ValueError for a bridge that has folded them."""
+    if has_processed_weights(model):
+        raise ValueError(
+            "Hugging Face's modules need raw weights, got a bridge that has folded them. Load the model again, or give "
+            "its name or folder."
+        )
+    hf_model, _ = strip(model.original_model)
+    if is_bridge(model):
+        set_attention(hf_model, "eager")  # also ends the output of attention maps
+    return HuggingFaceModel(hf_model, model.tokenizer, model.cfg.model_name)

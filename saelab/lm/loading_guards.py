@@ -1,4 +1,4 @@
-"""What loading a model must not do: show progress bars, start processes, use the network, copy embeddings."""
+"""What loading a model must not do: show progress bars, start processes, use the network."""
 
 import logging
 import os
@@ -55,30 +55,6 @@ def no_processes() -> Iterator[None]:
         for name in _STARTERS:
             if hasattr(os, name):
                 stack.enter_context(_replaced(os, name, guard))
-        yield
-
-
-@contextmanager
-def no_copied_embeddings() -> Iterator[None]:
-    """Context manager in which a bridge has no `W_E_pos` on this thread: a new bridge reads all its attributes in
-    search of hook points, and this one copies the embeddings to answer.
-    """
-    from transformer_lens.model_bridge import TransformerBridge
-
-    if "W_E_pos" not in vars(TransformerBridge):
-        yield
-        return
-    thread = threading.get_ident()
-
-    def hide(before: property) -> property:
-        def read(bridge: Any) -> Any:
-            if threading.get_ident() == thread:
-                raise AttributeError("W_E_pos")
-            return before.__get__(bridge)
-
-        return property(read)
-
-    with _replaced(TransformerBridge, "W_E_pos", hide):
         yield
 
 

@@ -232,51 +232,37 @@ def admit_tokenizer(model: Any) -> None:
 
 
 class HookBooks:
-    """The dictionaries in which PyTorch keeps the hooks of all modules of some models, and its global hooks.
+    """The dictionaries in which PyTorch keeps the hooks of all modules of a model, and its global hooks.
 
     A dictionary lives as long as its module, so checking all of them before a forward pass is quick.
     """
 
-    def __init__(self, *trees: nn.Module | Model) -> None:
-        modules = {id(module): module for tree in trees for module in tree.modules()}.values()
-        lens = sys.modules.get("transformer_lens.hook_points")  # a model with points of its is not there without it
-        points = () if lens is None else lens.HookPoint
-        self._points: list[Any] = [module for module in modules if isinstance(module, points)]
-        self._at_points = [vars(point)[name] for point in self._points for name in _BOOKS]
-        others = [module for module in modules if not isinstance(module, points)]
-        self._elsewhere = [vars(module)[name] for module in others for name in _BOOKS]
-        self._elsewhere += [getattr(torch_module, f"_global{name}") for name in _BOOKS]
+    def __init__(self, model: Model) -> None:
+        points: Any = getattr(model, "hook_dict", {}).values()  # of a bridge
+        modules = {id(module): module for module in (*model.modules(), *model.original_model.modules(), *points)}
+        self._books = [vars(module)[name] for module in modules.values() for name in _BOOKS]
+        self._books += [getattr(torch_module, f"_global{name}") for name in _BOOKS]
 
-    def has_foreign(self) -> bool:
-        """Whether there are hooks other than saelab's edits of hook points and the libraries' own."""
-        at_points = (hook for hooks in self._at_points if hooks for hook in hooks.values())
-        elsewhere = (hook for hooks in self._elsewhere if hooks for hook in hooks.values())
-        return any(not is_ours(hook) and not _is_inner(hook) for hook in at_points) or any(
+    def has_any(self) -> bool:
+        """Whether there are hooks other than the libraries' own and what only watches for saelab."""
+        return any(
             isinstance(getattr(hook, "__self__", None), TapHook) or not (is_ours(hook) or _is_inner(hook))
-            for hook in elsewhere  # `hook_sae` on a module of the bridge is at no hook point
+            for hooks in self._books
+            if hooks
+            for hook in hooks.values()
         )
-
-    def count_ours(self) -> int:
-        """Number of saelab's edits that are now on hook points."""
-        return sum(is_ours(hook) for hooks in self._at_points if hooks for hook in hooks.values())
 
     @contextmanager
     def aside(self) -> Iterator[None]:
         """Context manager in which only the libraries' own hooks are registered; all others are restored afterward."""
-        books = [(hooks, dict(hooks)) for hooks in (*self._at_points, *self._elsewhere)]
-        holders = [(vars(point), name) for point in self._points for name in ("fwd_hooks", "bwd_hooks")]
-        lists = [(holder, name, holder[name]) for holder, name in holders if holder[name]]
+        before = [(hooks, dict(hooks)) for hooks in self._books]
         try:
-            for hooks, found in books:
+            for hooks, found in before:
                 _refill(hooks, {key: hook for key, hook in found.items() if _is_inner(hook)})
-            for holder, name, handles in lists:
-                holder[name] = [handle for handle in handles if _is_inner(handle.user_hook)]
             yield
         finally:
-            for hooks, found in books:  # some parts of the bridge register hooks in their first forward pass
+            for hooks, found in before:  # some parts of the bridge register hooks in their first forward pass
                 _refill(hooks, found | {key: hook for key, hook in hooks.items() if key not in found})
-            for holder, name, handles in lists:
-                holder[name] = handles
 
 
 def warn_of_hooks(model: nn.Module) -> None:

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from saelab._lazy import uncollected
-from saelab.lm.hook_points import BridgeError, HookPoints, hook_points_of, is_close
-from saelab.lm.huggingface import AnyModel, HuggingFaceModel, as_model, is_bridge
-from saelab.lm.loading_guards import hidden_bars, no_copied_embeddings, no_processes, offline
+from saelab.lm.hook_points import hook_points_of, is_close
+from saelab.lm.huggingface import AnyModel, HuggingFaceModel, as_model, is_bridge, plain_of
+from saelab.lm.loading_guards import hidden_bars, no_processes, offline
 from saelab.lm.model_checks import (
     Model,
     admit_config,
@@ -27,6 +27,7 @@ from saelab.lm.model_checks import (
     has_processed_weights,
     warn_of_hooks,
 )
+from saelab.lm.module_names import UnknownLayers
 from saelab.lm.tokenizers import copy_tokenizer
 from saelab.lm.unwrapped import make_probe, run, set_attention, strip
 from saelab.stores.jobs import hidden
@@ -36,7 +37,6 @@ logger = logging.getLogger(__name__)
 Processing = Literal["none", "folded"]
 Backend = Literal["auto", "transformer_lens", "huggingface"]
 BUILT_IN = ("tales", "tales-b", "othello")
-BLOCK = "blocks.0.hook_out"
 WORLD_MODELS = Path(__file__).parents[1] / "synthetic" / "models"
 """folder of the built-in models"""
 
@@ -51,7 +51,7 @@ def load_model(
     backend: str = "auto",
     progress: bool = True,
 ) -> Model:
-    """A causal language model in evaluation mode, as a `TransformerBridge` or as a `HuggingFaceModel`.
+    """A causal language model in evaluation mode, as a `HuggingFaceModel` or a `TransformerBridge`.
 
     Both have the same names of hook points and the same numbers there; attention patterns and other values inside of
     Hugging Face's modules have hook points in a bridge alone. Of a multimodal model the language tower is used; nothing
@@ -68,8 +68,8 @@ def load_model(
             the residual stream, as TransformerLens 2 did by default and many public SAEs expect.
         tokenizer: replaces the model's; may be left out for an object whose folder has one.
         backend: "transformer_lens" is a bridge, "huggingface" Hugging Face's own modules without transformer_lens.
-            "auto" is a bridge, unless transformer_lens has none for the model, or its logits are others than Hugging
-            Face's; a line of the log says which was taken, and why.
+            "auto" is the second, unless the names of a model's layers are known to transformer_lens alone, which the
+            log then says, or weights are to be folded.
         progress: whether to show progress bars.
 
     Raises:
@@ -147,8 +147,6 @@ def _find_model(
             )
         if name == "tiny" and tokenizer is not None:
             raise ValueError("`tokenizer` must be left out for 'tiny', which has its own, got one.")
-        if name == "tiny" and backend != "huggingface":
-            return tiny_model().to(device or "cpu", dtype or torch.float32, print_details=False)
         if name == "tiny":
             made, tokenizer, name = _make_tiny()
             return _open(made.to(device or "cpu", dtype or torch.float32), tokenizer, name, backend)
@@ -202,7 +200,9 @@ def _open_object(model: Any, tokenizer: Any, backend: str) -> Model:
         chosen = "transformer_lens" if backend == "transformer_lens" else "huggingface"
         return _open_object(model.original_model, tokenizer or model.tokenizer, chosen)
     if is_bridge(model):
-        return _open_bridge(model, backend)
+        opened = plain_of(model) if backend == "huggingface" else model
+        hook_points_of(opened)  # raises what is wrong with it
+        return opened
     admit_object(model)
     name = getattr(model.config, "_name_or_path", "") or type(model).__name__
     if tokenizer is None and not Path(name).is_dir():
@@ -213,26 +213,8 @@ def _open_object(model: Any, tokenizer: Any, backend: str) -> Model:
     return _open(model, tokenizer or _load_tokenizer(name), name, backend, is_own=False)
 
 
-def _open_bridge(bridge: Any, backend: str) -> Model:
-    """A bridge as it is, or Hugging Face's modules in it, which share its weights."""
-    if backend != "huggingface":
-        try:
-            hook_points_of(bridge)
-        except BridgeError as error:
-            if backend != "auto":
-                raise
-            _tell(bridge.cfg.model_name, error)
-        else:
-            return bridge
-    if has_processed_weights(bridge):
-        raise ValueError(
-            "Hugging Face's modules need raw weights, got a bridge that has folded them. Load the model again."
-        )
-    return _open(strip(bridge.original_model)[0], bridge.tokenizer, bridge.cfg.model_name, "huggingface")
-
-
 def _open(hf_model: Any, tokenizer: Any, name: str, backend: str, *, is_own: bool = True) -> Model:
-    """A Hugging Face model in the backend that is asked for, or for "auto" in the first that computes what it does.
+    """A Hugging Face model in the backend that is asked for; ValueError for one that saelab cannot run.
 
     Args:
         hf_model: the Hugging Face model.
@@ -241,41 +223,20 @@ def _open(hf_model: Any, tokenizer: Any, name: str, backend: str, *, is_own: boo
         backend: one of `Backend`.
         is_own: whether nobody else has the model, so that its attention may be computed in the fastest way.
     """
-    reason: Exception | None = None
-    if backend != "huggingface":
+    if backend != "transformer_lens":
+        model = HuggingFaceModel(hf_model, tokenizer, name)
+        if is_own:
+            _choose_attention(hf_model, make_probe(model))
         try:
-            bridge = _wrap(hf_model, tokenizer, name)
-            points = hook_points_of(bridge)  # compares their logits
-            if backend == "auto" and BLOCK in points.points:
-                _require_fired(points)
-            logger.info("%s runs through a TransformerBridge, whose logits are Hugging Face's.", Path(name).name)
-            return bridge
-        except (ValueError, ImportError) as error:
-            if backend != "auto":
+            hook_points_of(model)
+            return model
+        except UnknownLayers as error:
+            if backend == "huggingface":
                 raise
-            reason = error
-    model = HuggingFaceModel(hf_model, tokenizer, name)
-    if is_own:
-        _choose_attention(hf_model, make_probe(model))
-    hook_points_of(model)  # raises what is wrong with the model itself
-    if reason is not None:
-        _tell(name, reason)
-    return model
-
-
-def _require_fired(points: HookPoints) -> None:
-    """BridgeError where what a block returns passes by its hook point, as in OpenAI GPT's bridge."""
-    try:
-        points.look(BLOCK)
-    except torch.OutOfMemoryError:
-        raise
-    except RuntimeError as error:
-        raise BridgeError(str(error)) from error
-
-
-def _tell(name: str, reason: Exception) -> None:
-    said = " ".join(str(reason).split())
-    logger.warning("%s runs on Hugging Face's own modules (backend='huggingface'): %s", Path(name).name, said)
+            logger.warning("%s runs through a TransformerBridge: %s", Path(name).name, error)
+    bridge = _wrap(hf_model, tokenizer, name)
+    hook_points_of(bridge)  # raises what is wrong with it
+    return bridge
 
 
 def _choose_attention(hf_model: Any, probe: Tensor) -> None:
@@ -328,7 +289,6 @@ def _wrap(hf_model: Any, tokenizer: Any, name: str) -> Any:
     with (
         offline(),
         no_processes(),
-        no_copied_embeddings(),
         torch.random.fork_rng(devices=[]),
         _explained("a model that transformer_lens has a bridge for", name),
     ):
@@ -346,6 +306,7 @@ def tiny_model(
     n_layers: int = 3,
     ctx_len: int = 256,
     seed: int = 0,
+    backend: str = "auto",
 ) -> Model:
     """A small random causal model with a byte-level tokenizer, for tests, examples and the demo.
 
@@ -359,12 +320,13 @@ def tiny_model(
         n_layers: number of layers.
         ctx_len: maximum context length in tokens.
         seed: seed of the weights.
+        backend: as for `load_model`.
 
     >>> model = sl.lm.tiny_model(n_layers=2, seed=1)
     >>> model.tokenizer.decode(model.tokenizer("a tin can", add_special_tokens=False)["input_ids"])
     'a tin can'
     """
-    return _wrap(*_make_tiny(architecture, d_model, n_layers, ctx_len, seed))
+    return _open(*_make_tiny(architecture, d_model, n_layers, ctx_len, seed), backend)
 
 
 def _make_tiny(

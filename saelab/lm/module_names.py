@@ -79,6 +79,10 @@ _SHORT: dict[str, dict[str, str]] = {
 _MLPS = ("mlp", "moe", "shared_mlp", "shared_expert", "shared_experts", "channel_mix")
 
 
+class UnknownLayers(ValueError):
+    """The layers of a model were not found."""
+
+
 def text_config(model: Any) -> Any:
     """The part of a Hugging Face model's configuration that is about text."""
     config = model.config
@@ -94,7 +98,7 @@ def count_layers(config: Any) -> int:
 def name_modules(model: Any) -> dict[str, nn.Module]:
     """The modules of a Hugging Face model by TransformerLens' names of its components ("blocks.0.attn.q").
 
-    ValueError for a model without a list of as many layers as its configuration has.
+    `UnknownLayers`, a ValueError, for a model without a list of as many layers as its configuration has.
 
     >>> from transformers import GPT2Config, GPT2LMHeadModel
     >>> hf_model = GPT2LMHeadModel(GPT2Config(vocab_size=8, n_embd=8, n_layer=1, n_head=2))
@@ -132,7 +136,7 @@ def _find_layers(model: Any) -> tuple[nn.Module, str, nn.ModuleList]:
                     if isinstance(part, nn.ModuleList) and len(part) == n_layers:
                         return module, name, part
             level = [part for module in level for part in module.children()]
-    raise ValueError(
+    raise UnknownLayers(
         f"A model must have one list of its layers ({n_layers} by its configuration) to have hook points, got a "
         f"{type(model).__name__} without. Take backend='transformer_lens', or another model."
     )

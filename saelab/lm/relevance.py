@@ -50,7 +50,7 @@ def propagating(model: Model, method: RelevanceMethod) -> Iterator[None]:
     >>> torch.autograd.grad(logit, push)[0].shape
     torch.Size([32])
     """
-    running, _ = hook_points_of(model).route([])
+    running = hook_points_of(model).running
     trained = [parameter for parameter in running.parameters() if parameter.requires_grad]
     try:
         for parameter in trained:  # so that what requires a gradient is an activation

@@ -163,20 +163,23 @@ def is_pretrained(encoder: Any) -> bool:
     return isinstance(encoder, PreTrainedModel)
 
 
-def load_text_encoder(name: str | Path, *, hook_point: str | None = None, device: Any = None) -> tuple[Any, Any]:
+def load_text_encoder(
+    name: str | Path, *, hook_point: str | None = None, device: Any = None, backend: str = "auto"
+) -> tuple[Any, Any]:
     """The model of a folder or Hub id, and its tokenizer, None where the model has it.
 
     Args:
         name: folder or Hub id; a folder with modules.json is one of sentence-transformers.
         hook_point: where a language model will be read, which is then loaded by `load_model`; None for an encoder.
         device: where it computes; None is the best one present.
+        backend: as for `load_model`, of a language model.
 
     Raises:
         ValueError: for a folder without a model.
         ImportError: where sentence-transformers is not installed and the folder needs it.
     """
     if hook_point is not None:
-        return load_model(name, device=device, progress=False), None
+        return load_model(name, device=device, backend=backend, progress=False), None
     folder = Path(name).expanduser()
     if folder.is_dir() and not (folder / "config.json").is_file() and not (folder / MODULES).is_file():
         raise ValueError(f"`encoder` must be a folder with config.json or {MODULES}, got '{name}' without.")

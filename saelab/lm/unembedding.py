@@ -54,15 +54,15 @@ class Unembedding:
         home = hook_points_of(model)
         if "ln_final" not in home.components:
             raise ValueError(
-                f"Direct effects need a norm behind the last block, got a {type(home.trees[0]).__name__} without one. "
+                f"Direct effects need a norm behind the last block, got a {type(home.running).__name__} without one. "
                 "Use `sl.interventions.attribute`, or steer along the direction."
             )
         with home.aside():  # without the user's hooks and edits
             running, (site, _) = home.route(["ln_final.hook_out", "unembed.hook_out"])
             _require_at_end(home, f"blocks.{model.cfg.n_layers - 1}.hook_out")
-            names, is_plain = ("ln_final", "unembed"), running is home.plain
-            # Twins with the same weights: hooks that others put on the model are not on them.
-            norm, head = (strip(home.part(one))[0] if is_plain else home.components[one] for one in names)
+            parts = [home.components[name] for name in ("ln_final", "unembed")]
+            # Copies with the same weights: hooks that others put on the model are not on them.
+            norm, head = (strip(part)[0] for part in parts) if home.is_plain else parts
             ones = torch.ones(1, 1, model.cfg.d_model).to(next(head.parameters()))
             centers = bool((norm(BIG * ones) - norm(0 * ones)).abs().amax() < 1e-3)  # the norm maps constants to 0
             factor = _find_factor(running, site, head, ones)
@@ -73,7 +73,7 @@ class Unembedding:
     @property
     def is_alone(self) -> bool:
         """Whether it needs nothing of the model but its weights."""
-        return self.factor is not None and self.running is self.home.plain
+        return self.factor is not None and self.home.is_plain
 
     @property
     def is_current(self) -> bool:
@@ -148,7 +148,7 @@ def _require_at_end(home: HookPoints, last: str) -> None:
     if not near:
         raise ValueError(
             "Direct effects need a final norm that reads what the last block hands on, got a "
-            f"{type(home.trees[0]).__name__}, which computes something else before it. Use "
+            f"{type(home.running).__name__}, which computes something else before it. Use "
             "`sl.interventions.attribute`, or steer along the direction."
         )
 

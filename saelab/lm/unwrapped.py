@@ -131,41 +131,6 @@ def run_as_set(model: nn.Module, ids: Tensor) -> Tensor:
         return logits
 
 
-class WithOwnHooks(nn.Module):
-    """A bridge's wrapped model together with the hooks that were registered on the bridge itself.
-
-    These hooks get what they get when the bridge is called: the ids, and the logits as its output.
-    """
-
-    def __init__(self, bridge: Any) -> None:
-        super().__init__()
-        self.wrapped: nn.Module = bridge.original_model
-        self.__dict__["bridge"] = bridge  # bypasses nn.Module, so that the bridge is not registered as a submodule
-
-    def forward(self, *args: Any, **options: Any) -> Any:
-        """The wrapped model's output, with the logits that the hooks returned."""
-        outputs: list[Any] = []
-
-        def forward(*args: Any, **options: Any) -> Tensor:
-            outputs.append(self.wrapped(*args, **options))
-            logits: Tensor = outputs[-1].logits
-            return logits
-
-        self.bridge.__dict__["forward"] = forward
-        try:
-            logits = self.bridge(*args, **options)
-        finally:
-            del self.bridge.__dict__["forward"]
-        outputs[-1].logits = logits
-        return outputs[-1]
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            return getattr(super().__getattr__("wrapped"), name)
-
-
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Context manager in which the model is in evaluation mode; restored afterward."""

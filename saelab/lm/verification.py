@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from saelab.lm.hook_points import BridgeHookPoints, HookPoints, hook_points_of
+from saelab.lm.hook_points import HookPoints, hook_points_of
 from saelab.lm.hooks import capture, read_sites, to_model
 from saelab.lm.huggingface import AnyModel, as_model
 from saelab.lm.model_checks import has_processed_weights
@@ -21,16 +21,13 @@ from saelab.stores.results import Result, format_table
 class HookAgreement(Result):
     """Relative distance |x - h| / |h| between hooked activations x and Hugging Face's hidden states h, per hook point.
 
-    In [0, inf), lower is better, 0 is bit-equal. `captured` is for the values that `capture` returns, `bridge` for
-    those in a forward pass of the bridge itself; 0 for a model without one.
+    In [0, inf), lower is better, 0 is bit-equal.
     """
 
     hook_points: tuple[str, ...]
     """names of the residual hook points, in order of layers"""
     captured: tuple[float, ...]
     """distance of the values that `capture` returns, per hook point"""
-    bridge: tuple[float, ...]
-    """distance of the values in a forward pass of the bridge itself, per hook point"""
     tolerance: float
     """largest distance that rounding explains"""
     n_tokens: int
@@ -39,13 +36,12 @@ class HookAgreement(Result):
     @property
     def ok(self) -> bool:
         """Whether every distance is within the tolerance (rounding)."""
-        return all(error <= self.tolerance for error in (*self.captured, *self.bridge))
+        return all(error <= self.tolerance for error in self.captured)
 
     def __str__(self) -> str:
-        rows = zip(self.hook_points, self.captured, self.bridge, strict=True)
-        table = [[name, f"{captured:.2e}", f"{bridge:.2e}"] for name, captured, bridge in rows]
+        table = [[name, f"{error:.2e}"] for name, error in zip(self.hook_points, self.captured, strict=True)]
         verdict = "agree" if self.ok else "DISAGREE"
-        lines = format_table([["|x - h| / |h|", "captured", "bridge"], *table])
+        lines = format_table([["hook point", "|x - h| / |h|"], *table])
         return "\n".join(
             [*lines, f"Hooks and Hugging Face {verdict} (tolerance {self.tolerance:g}, {self.n_tokens} tokens)."]
         )
@@ -79,14 +75,9 @@ def verify_hooks(model: AnyModel, ids: Int[Tensor, "batch ctx_len"] | None = Non
     ids = home.probe if ids is None else to_model(model, ids)
     names = _find_residuals(home)
     truth = _find_truth(home, ids, names)
-    captured = _distances(capture(model, ids, names), truth)
-    bridge = (0.0,) * len(names)
-    if isinstance(home, BridgeHookPoints):
-        bridge = _distances(read_sites(home.trees[0], home.bridge_sites(names), ids, stop=True), truth)
     return HookAgreement(
         hook_points=tuple(names),
-        captured=captured,
-        bridge=bridge,
+        captured=tuple(_distance(x, truth[name]) for name, x in capture(model, ids, names).items()),
         tolerance=1e-4 if truth[names[0]].dtype == torch.float32 else 0.02,
         n_tokens=ids.numel(),
     )
@@ -108,7 +99,7 @@ def _find_truth(home: HookPoints, ids: Tensor, names: list[str]) -> dict[str, Te
     """Residual stream in an unhooked copy of Hugging Face's modules: hidden states, or inputs and outputs of the
     layers.
     """
-    reference, twins = strip(home.trees[0])
+    reference, twins = strip(home.running)
     model: Any = reference
     places = [name.rpartition(".") for name in names]
     sites: dict[str, Site] = {
@@ -125,7 +116,3 @@ def _find_truth(home: HookPoints, ids: Tensor, names: list[str]) -> dict[str, Te
 def _distance(x: Tensor, h: Tensor) -> float:
     """Distance relative to h; infinite between different shapes."""
     return float((x.double() - h.double()).norm() / h.double().norm()) if x.shape == h.shape else float("inf")
-
-
-def _distances(values: dict[str, Tensor], truth: dict[str, Tensor]) -> tuple[float, ...]:
-    return tuple(_distance(x, truth[name]) for name, x in values.items())

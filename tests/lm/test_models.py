@@ -116,7 +116,7 @@ def test_a_wrong_id_is_a_clear_error(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_description_names_versions_and_processing() -> None:
-    model = tiny_model()
+    model = tiny_model(backend="transformer_lens")
     name, processing, versions, backend = describe_model(model)
     assert backend == "transformer_lens"
     assert name.startswith("tiny-llama")
@@ -127,7 +127,7 @@ def test_description_names_versions_and_processing() -> None:
     assert describe_model(model).weight_processing == "none"
     model.process_weights()
     assert describe_model(model).weight_processing == "folded"
-    model = tiny_model()
+    model = tiny_model(backend="transformer_lens")
     model.enable_compatibility_mode()
     assert describe_model(model).weight_processing == "folded"
     del model._weights_processed
@@ -197,23 +197,16 @@ def gpt2(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_loading_copies_no_embeddings_and_draws_no_random_numbers(gpt2: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from transformer_lens.model_bridge import TransformerBridge
-
-    state, asked = torch.random.get_rng_state(), []
-    plain = TransformerBridge.boot_transformers(str(gpt2), device="cpu")
-    if (real := vars(TransformerBridge).get("W_E_pos")) is not None:
-        monkeypatch.setattr(TransformerBridge, "W_E_pos", property(lambda b: asked.append(b) or real.__get__(b)))
-    torch.random.set_rng_state(state)
-    model = load_model(gpt2, device="cpu", progress=False)
-    assert not asked and torch.equal(torch.random.get_rng_state(), state)
-    assert list(model.hook_dict) == list(plain.hook_dict)
-    if real is not None:
-        assert torch.equal(model.W_E_pos, torch.cat([model.W_E, model.W_pos])) and asked == [model]
+@pytest.mark.parametrize("backend", ["huggingface", "transformer_lens"])
+def test_loading_draws_no_random_numbers(gpt2: Path, backend: str) -> None:
+    state = torch.random.get_rng_state()
+    load_model(gpt2, device="cpu", backend=backend, progress=False)
+    assert torch.equal(torch.random.get_rng_state(), state)
 
 
 def test_folded_weights_are_those_of_transformer_lens_two(gpt2: Path) -> None:
-    raw, folded = load_model(gpt2, progress=False), load_model(gpt2, weight_processing="folded", progress=False)
+    raw: Any = load_model(gpt2, backend="transformer_lens", progress=False)
+    folded = load_model(gpt2, weight_processing="folded", progress=False)
     assert (describe_model(raw).weight_processing, describe_model(folded).weight_processing) == ("none", "folded")
     ids = torch.randint(4, 250, (2, 9), generator=torch.Generator().manual_seed(0))
     stream, normalized, read = "blocks.1.hook_resid_pre", "blocks.1.ln1.hook_normalized", "blocks.1.ln1.hook_out"

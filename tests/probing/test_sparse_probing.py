@@ -11,6 +11,7 @@ from unchecked import unchecked
 
 import saelab as sl
 from saelab.functional.statistics import choose_threshold, score_guess
+from saelab.lm.hook_points import hook_points_of
 from saelab.lm.unembedding import read_out
 from saelab.probing.labeled_activations import collect_labeled, read_chosen
 from saelab.probing.linear_directions import density_matched_features, fit_direction
@@ -359,7 +360,7 @@ def test_a_feature_that_writes_a_token_steers_best(tiny, tiny_tokens, tmp_path):
     sae = sl.SAE(sl.SAEConfig(d_in=32, d_sae=40, activation=sl.AbsTopK(k=4), normalizer="none"), seed=0)
     token = 70
     with torch.no_grad():
-        weight = next(tiny.unembed.parameters())
+        weight = hook_points_of(tiny).components["unembed"].weight
         sae.W_dec[6] = torch.nn.functional.normalize(
             weight[token] if weight.shape[1] == 32 else weight[:, token], dim=0
         )
