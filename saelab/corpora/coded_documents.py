@@ -38,8 +38,8 @@ class CodedDocuments:
     def __init__(
         self,
         codes: Coded,
-        doc_ids: Shaped[Any, "n_tokens"] | None = None,
-        acts: Float[Tensor, "n_tokens d_in"] | None = None,
+        doc_ids: Shaped[Any, "_"] | None = None,
+        acts: Float[Tensor, "_ _"] | None = None,
     ) -> None:
         from scipy.sparse import csr_matrix
 

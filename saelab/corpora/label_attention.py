@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 Reads = Literal["codes", "activations"]
 _FACTS = ("labels", "skipped", "d_sae", "reads", "n_train", "n_documents", "rate", "l1", "seed")
 _VECTORS = ("W", "bias", "temperature", "thresholds")
-_Read: TypeAlias = tuple[Tensor, Tensor]
+_Attended: TypeAlias = tuple[Tensor, Tensor]
 TENSORS, FACTS, KIND = "label_head.safetensors", "label_head.json", "label head"
 SHOWN = 12
 
@@ -127,7 +127,7 @@ def _shares(one: Evidence) -> tuple[str, str]:
 class LabelHead(Drawn):
     """Labels of documents from the codes of their tokens, by attention of each label; made by `label_head`."""
 
-    labels: Sequence[str]
+    labels: tuple[str, ...]
     d_sae: int
     reads: Reads
     features: Int[np.ndarray, "n_sides"] = field(repr=False)
@@ -145,9 +145,9 @@ class LabelHead(Drawn):
     """tau: 0 attends to all tokens alike, large ones to that with the most evidence"""
     thresholds: Float[Tensor, "n_labels"] = field(repr=False)
     """logit from which a label is predicted"""
-    scores: Sequence[HeadScore] = field(repr=False)
+    scores: tuple[HeadScore, ...] = field(repr=False)
     """of held-out documents: its own first, then baselines and nulls"""
-    skipped: Sequence[str] = field(repr=False)
+    skipped: tuple[str, ...] = field(repr=False)
     """labels with too few documents"""
     n_train: int
     """training documents"""
@@ -212,9 +212,9 @@ class LabelHead(Drawn):
     def predict(
         self,
         codes: Coded,
-        doc_ids: Shaped[Any, "n_tokens"] | None = None,
+        doc_ids: Shaped[Any, "_"] | None = None,
         *,
-        acts: Float[Tensor, "n_tokens d_in"] | None = None,
+        acts: Float[Tensor, "_ _"] | None = None,
     ) -> Float[np.ndarray, "n_documents n_labels"]:
         """The probability of each label of each document, in ascending order of documents; see `decide`.
 
@@ -236,10 +236,10 @@ class LabelHead(Drawn):
         self,
         codes: Coded,
         document: int,
-        doc_ids: Shaped[Any, "n_tokens"] | None = None,
+        doc_ids: Shaped[Any, "_"] | None = None,
         *,
         labels: Sequence[str] | None = None,
-        acts: Float[Tensor, "n_tokens d_in"] | None = None,
+        acts: Float[Tensor, "_ _"] | None = None,
         names: FeatureNames | None = None,
         n_top: int = 5,
     ) -> ExplainedDocument:
@@ -308,10 +308,10 @@ class LabelHead(Drawn):
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write `label_head.json` and `label_head.safetensors` into a folder, both or neither."""
-        matrix = self.A.to_sparse().coalesce()
+        entries = self.A.nonzero().T
         tensors = {
-            "entries": matrix.indices(),
-            "values": matrix.values(),
+            "entries": entries,
+            "values": self.A[entries[0], entries[1]],
             "features": torch.from_numpy(self.features),
             "signs": torch.from_numpy(self.signs),
             "usual": torch.from_numpy(self.usual),
@@ -331,14 +331,18 @@ class LabelHead(Drawn):
             plain.pop(SEAL, None)
             if plain.pop("kind", None) != KIND:
                 raise ValueError(f"A label head must be of kind '{KIND}', got another.")
-            told = read_fields(_Told, plain)
+            told = read_fields(_HeadFacts, plain)
+            scores = tuple(read_fields(HeadScore, one) for one in told.scores)
             check_seal()
         held = load_tensors(weights)
         n, n_labels = len(held["features"]), len(told.labels)
-        if told.tensors != checksum(weights):
+        known = bool(((held["features"] >= 0) & (held["features"] < told.d_sae)).all())
+        if not known or told.tensors != checksum(weights) or any(held[name].shape[-1] != n_labels for name in _VECTORS):
             raise ValueError(f"{weights} must hold the weights that {FACTS} tells of. Was it replaced?")
-        matrix = torch.sparse_coo_tensor(held["entries"], held["values"], (n, n_labels)).to_dense()
-        facts: dict[str, Any] = {name: getattr(told, name) for name in _FACTS} | {"scores": told.scores}
+        matrix = torch.zeros(n, n_labels)
+        matrix[held["entries"][0], held["entries"][1]] = held["values"]
+        facts: dict[str, Any] = {name: getattr(told, name) for name in _FACTS} | {"scores": scores}
+        facts |= {"labels": tuple(told.labels), "skipped": tuple(told.skipped)}
         arrays: dict[str, Any] = {name: held[name].numpy() for name in ("features", "signs", "usual")}
         vectors: dict[str, Any] = {name: held[name] for name in _VECTORS}
         return cls(A=matrix, **facts, **arrays, **vectors)
@@ -368,7 +372,7 @@ class LabelHead(Drawn):
             )
 
     @torch.no_grad()
-    def _read(self, text: CodedDocuments, found: TokenCodes, rows: np.ndarray, own: Tensor, n: int) -> _Read:
+    def _read(self, text: CodedDocuments, found: TokenCodes, rows: np.ndarray, own: Tensor, n: int) -> _Attended:
         """Attention to tokens, and what each says."""
         said = gather_sum(found.sides, found.values, found.offsets, self.A)
         attention = attend(said * self.temperature, own, n)
@@ -388,7 +392,7 @@ class LabelHead(Drawn):
 
 
 @dataclass(frozen=True)
-class _Told:
+class _HeadFacts:
     """What the JSON file holds."""
 
     labels: list[str]
@@ -400,7 +404,7 @@ class _Told:
     rate: float
     l1: float
     seed: int
-    scores: list[HeadScore]
+    scores: list[dict[str, Any]]
     tensors: str
 
 

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 import numpy as np
 import torch
@@ -30,7 +30,7 @@ LR, LAST_LR, DECAY = 0.05, 0.05, 1e-4
 FEW = 3  # documents with a label, below which its threshold is chosen on all training documents
 N_FIRST, FIRST_WEIGHT, FIRST_TAU = 5, 3.0, math.e  # sides that a label begins with, and how
 KS = (1, 5)
-Rows = Int[np.ndarray, "n"]
+_Numbers: TypeAlias = Int[np.ndarray, "_"]
 
 
 def label_documents(labels: LabelsLike, doc_ids: Shaped[Any, "n_tokens"] | None = None) -> TokenLabels:
@@ -40,7 +40,7 @@ def label_documents(labels: LabelsLike, doc_ids: Shaped[Any, "n_tokens"] | None 
         labels: which concepts are true of each token.
         doc_ids: document of each token, where the labels do not have them.
 
-    >>> found = label_documents({"odd": [True, False, False]}, [4, 4, 7])
+    >>> found = label_documents({"odd": [True, False, False]}, np.array([4, 4, 7]))
     >>> found["odd"].tolist(), found.doc_ids.tolist()
     ([True, False], [4, 7])
     """
@@ -58,9 +58,9 @@ def label_documents(labels: LabelsLike, doc_ids: Shaped[Any, "n_tokens"] | None 
 def label_head(
     codes: Coded,
     labels: LabelsLike,
-    doc_ids: Shaped[Any, "n_tokens"] | None = None,
+    doc_ids: Shaped[Any, "_"] | None = None,
     *,
-    acts: Float[Tensor, "n_tokens d_in"] | None = None,
+    acts: Float[Tensor, "_ _"] | None = None,
     untrained: Coded | None = None,
     reads: Reads = "codes",
     l1: float = 0.01,
@@ -109,13 +109,14 @@ def label_head(
     text = CodedDocuments(codes, doc_ids, acts)
     if reads == "activations" and acts is None:
         raise ValueError("`acts` must be given for a head that reads activations, got None.")
-    bench = _Bench.make(text, labels, train_frac, min_count, seed)
+    bench = _LabelSplit.make(text, labels, train_frac, min_count, seed)
     settings = _Settings(reads, l1, n_epochs, seed)
-    head, logits = _fit(text, bench, settings)
-    scores = [bench.score("head", logits, float((head.A != 0).sum(0).float().mean()))]
+    found = _fit(text, bench, settings)
+    scores = [found.score("head", bench)]
     if baselines:
         scores += _compare(text, bench, settings, acts, untrained)
     held = bench.y[bench.held]
+    head = _freeze(text, bench, settings, found)
     return replace(head, scores=tuple(scores), n_documents=len(held), rate=float(held.sum(1).mean()))
 
 
@@ -127,18 +128,20 @@ class _Settings(NamedTuple):
 
 
 @dataclass(frozen=True, eq=False)
-class _Bench:
+class _LabelSplit:
     """Labels of documents, and which are learned from, chosen thresholds on, and measured on."""
 
     names: tuple[str, ...]
     skipped: tuple[str, ...]
     y: Bool[np.ndarray, "n_documents n_labels"]
-    learned: Rows
-    chosen: Rows
-    held: Rows
+    learned: _Numbers
+    chosen: _Numbers
+    held: _Numbers
 
     @classmethod
-    def make(cls, text: CodedDocuments, labels: LabelsLike, train_frac: float, min_count: int, seed: int) -> "_Bench":
+    def make(
+        cls, text: CodedDocuments, labels: LabelsLike, train_frac: float, min_count: int, seed: int
+    ) -> "_LabelSplit":
         given = TokenLabels.of(labels)
         if given.n_tokens != len(text):
             raise ValueError(
@@ -190,7 +193,7 @@ class _Bench:
             n_features=n_features,
         )
 
-    def exchanged(self, seed: int) -> "_Bench":
+    def exchanged(self, seed: int) -> "_LabelSplit":
         """The same with the labels of other documents of the same part."""
         y, rng = self.y.copy(), np.random.default_rng(seed)
         for rows in (self.learned, self.chosen, self.held):
@@ -201,7 +204,7 @@ class _Bench:
 class _Batch(NamedTuple):
     """Tokens of some documents."""
 
-    documents: Rows
+    documents: _Numbers
     own: Int[Tensor, "n"]
     codes: TokenCodes | None
     x: Float[Tensor, "n d_in"] | None
@@ -219,14 +222,14 @@ class _Batch(NamedTuple):
 
 
 @dataclass(frozen=True, eq=False)
-class _Sides:
+class _HeadSides:
     """Sides that fire in enough training documents, and how codes of theirs are read."""
 
     place: Int[np.ndarray, "n"]
     usual: Float[Tensor, "n_sides"]
 
     @classmethod
-    def count(cls, text: CodedDocuments, documents: Rows) -> "_Sides":
+    def count(cls, text: CodedDocuments, documents: _Numbers) -> "_HeadSides":
         """Those that fire in two of some documents at least."""
         n = 2 * text.d_sae
         fires, sums, counts = np.zeros(n, np.int64), np.zeros(n), np.zeros(n, np.int64)
@@ -253,7 +256,7 @@ class _Scale:
     size: float
 
     @classmethod
-    def of(cls, text: CodedDocuments, documents: Rows) -> "_Scale":
+    def of(cls, text: CodedDocuments, documents: _Numbers) -> "_Scale":
         rows, _ = text.tokens_of(documents)
         x = text.acts_of(rows)
         mean = x.mean(0)
@@ -268,10 +271,10 @@ class _Reader:
     """Documents as they are read: codes of some sides, scaled activations, or both."""
 
     text: CodedDocuments
-    sides: _Sides | None
+    sides: _HeadSides | None
     scale: _Scale | None
 
-    def read(self, documents: Rows) -> _Batch:
+    def read(self, documents: _Numbers) -> _Batch:
         """The tokens of some documents."""
         rows, own = self.text.tokens_of(documents)
         codes = None
@@ -285,7 +288,7 @@ class _Reader:
 class _Batches:
     """Batches of documents; of those that fit in memory each is read once."""
 
-    def __init__(self, reader: _Reader, parts: Sequence[Rows]) -> None:
+    def __init__(self, reader: _Reader, parts: Sequence[_Numbers]) -> None:
         self.reader, self.parts = reader, parts
         self.kept: dict[int, _Batch] = {}
         self.n_kept = 0
@@ -308,7 +311,7 @@ class _Weights(torch.nn.Module):
         super().__init__()
         self.A = torch.nn.Parameter(torch.zeros(n_columns, len(rate)))
         self.W = torch.nn.Parameter(torch.zeros(d_in, len(rate)))
-        self.log_tau = torch.nn.Parameter(torch.full((len(rate),), math.log(FIRST_TAU)), requires_grad=attention)
+        self.log_tau = torch.nn.Parameter(torch.zeros(len(rate)), requires_grad=attention)
         self.bias = torch.nn.Parameter(rate.logit())
         self.attention = attention
 
@@ -352,9 +355,9 @@ def _learn(weights: _Weights, batches: _Batches, y: Tensor, settings: _Settings)
 
 
 def _fit(
-    text: CodedDocuments, bench: _Bench, settings: _Settings, *, dense: bool = False, attention: bool = True
-) -> tuple[LabelHead, Float[np.ndarray, "n_documents n_labels"]]:
-    """A head, and its logits of all documents.
+    text: CodedDocuments, bench: _LabelSplit, settings: _Settings, *, dense: bool = False, attention: bool = True
+) -> "_LearnedHead":
+    """What is learned, and its logits of all documents.
 
     Args:
         text: the documents.
@@ -363,7 +366,7 @@ def _fit(
         dense: whether the attention is by activations too, and not by codes.
         attention: False for all tokens alike.
     """
-    sides = None if dense else _Sides.count(text, bench.learned)
+    sides = None if dense else _HeadSides.count(text, bench.learned)
     scale = _Scale.of(text, bench.learned) if settings.reads == "activations" else None
     reader = _Reader(text, sides, scale)
     order = np.random.default_rng(settings.seed).permutation(bench.learned)
@@ -373,6 +376,7 @@ def _fit(
     width = 0 if scale is None else len(scale.mean)
     weights = _Weights(width if sides is None else len(sides.usual), width, rate, attention)
     if sides is not None:
+        weights.log_tau.data.fill_(math.log(FIRST_TAU))
         weights.A.data = _begin(text.largest(sides.place, len(sides.usual), bench.learned), bench.y[bench.learned])
     with torch.enable_grad():
         _learn(weights, batches, torch.from_numpy(bench.y).float(), settings)
@@ -380,8 +384,7 @@ def _fit(
     with torch.no_grad():
         for documents in text.batches():
             logits[torch.from_numpy(documents)] = weights(reader.read(documents))
-    found = logits.numpy().astype(np.float64)
-    return _freeze(text, bench, settings, weights.requires_grad_(False), sides, scale, found), found
+    return _LearnedHead(weights.requires_grad_(False), sides, scale, logits.numpy().astype(np.float64))
 
 
 def _begin(largest: "csr_matrix", y: Bool[np.ndarray, "n n_labels"]) -> Float[Tensor, "n_sides n_labels"]:
@@ -396,23 +399,30 @@ def _begin(largest: "csr_matrix", y: Bool[np.ndarray, "n n_labels"]) -> Float[Te
     return torch.from_numpy(np.where(np.abs(likeness) >= least, FIRST_WEIGHT * likeness, 0)).float()
 
 
-def _freeze(
-    text: CodedDocuments,
-    bench: _Bench,
-    settings: _Settings,
-    weights: _Weights,
-    sides: _Sides | None,
-    scale: _Scale | None,
-    logits: Float[np.ndarray, "n_documents n_labels"],
-) -> LabelHead:
+@dataclass(frozen=True, eq=False)
+class _LearnedHead:
+    """What was learned, and its logits."""
+
+    weights: _Weights
+    sides: _HeadSides | None
+    scale: _Scale | None
+    logits: Float[np.ndarray, "n_documents n_labels"]
+
+    def score(self, name: str, bench: _LabelSplit) -> HeadScore:
+        return bench.score(name, self.logits, float((self.weights.A != 0).sum(0).float().mean()))
+
+
+def _freeze(text: CodedDocuments, bench: _LabelSplit, settings: _Settings, found: _LearnedHead) -> LabelHead:
     """The head as it is kept: weights per unit of code and of activations, without rows that are 0."""
+    weights, sides, scale = found.weights, found.sides, found.scale
+    assert sides is not None
     A, W, bias = weights.A.data, weights.W.data, weights.bias.data
     if scale is not None:  # attention sums to 1, so that a mean becomes a part of the bias
         W = W / scale.size
         bias = bias - scale.mean @ W
-    kept = torch.zeros(0, dtype=torch.long) if sides is None else A.any(1).nonzero()[:, 0]
-    usual = torch.zeros(0) if sides is None else sides.usual[kept]
-    own = np.zeros(0, np.int64) if sides is None else np.flatnonzero(sides.place >= 0)[kept.numpy()]
+    kept = A.any(1).nonzero()[:, 0]
+    usual = sides.usual[kept]
+    own = np.flatnonzero(sides.place >= 0)[kept.numpy()]
     return LabelHead(
         labels=bench.names,
         skipped=bench.skipped,
@@ -421,11 +431,11 @@ def _freeze(
         features=own // 2,
         signs=1 - 2 * (own % 2),
         usual=usual.numpy(),
-        A=A[kept] / usual[:, None] if sides is not None else A,
+        A=A[kept] / usual[:, None],
         W=W,
         bias=bias,
         temperature=weights.temperature.data,
-        thresholds=torch.from_numpy(bench.thresholds(logits)).float(),
+        thresholds=torch.from_numpy(bench.thresholds(found.logits)).float(),
         scores=(),
         n_train=len(bench.learned) + len(bench.chosen),
         n_documents=0,
@@ -436,17 +446,15 @@ def _freeze(
 
 
 def _compare(
-    text: CodedDocuments, bench: _Bench, settings: _Settings, acts: Tensor | None, untrained: Coded | None
+    text: CodedDocuments, bench: _LabelSplit, settings: _Settings, acts: Tensor | None, untrained: Coded | None
 ) -> Iterator[HeadScore]:
     """Scores of what the head is compared with."""
 
-    def fit(name: str, text: CodedDocuments, bench: _Bench, settings: _Settings, **how: bool) -> HeadScore:
-        head, logits = _fit(text, bench, settings, **how)
-        n = float((head.A != 0).sum(0).float().mean())
-        return bench.score(name, logits, n)
+    def fit(name: str, text: CodedDocuments, bench: _LabelSplit, settings: _Settings, **how: bool) -> HeadScore:
+        return _fit(text, bench, settings, **how).score(name, bench)
 
     yield fit("no attention", text, bench, settings, attention=False)
-    sides = _Sides.count(text, bench.learned)
+    sides = _HeadSides.count(text, bench.learned)
     largest = text.largest(sides.place, len(sides.usual))
     pooled = CodedDocuments(largest, text.ids)
     yield fit("largest codes", pooled, bench, settings._replace(reads="codes"))
@@ -466,7 +474,7 @@ def _documents_of(text: CodedDocuments) -> Shaped[np.ndarray, "n_tokens"]:
     return found
 
 
-def _probe(largest: "csr_matrix", bench: _Bench) -> Iterator[HeadScore]:
+def _probe(largest: "csr_matrix", bench: _LabelSplit) -> Iterator[HeadScore]:
     """Logistic regressions on the k sides with the largest ANOVA F for each label."""
     columns = Columns(largest[bench.learned].tocsc())
     by_column = largest.tocsc()

@@ -217,7 +217,7 @@ def dissect(
     _check(quantile, detector, clear, min_count, n_rotations, acts, sae)
     documents = codes.doc_ids if isinstance(codes, FeatureStore) and doc_ids is None else doc_ids
     given = TokenLabels.of(labels, doc_ids=documents)
-    bench = _Bench.make(given, train_frac, quantile, min_count, seed)
+    bench = _SplitLabels.make(given, train_frac, quantile, min_count, seed)
     own, *moved = fit_sides(mask_codes(codes, bench.is_train, quantile), (bench.truth, *bench.moved()), bench.is_train)
     labelings = zip((CODES, SHIFTED, PERMUTED), (own, *moved), strict=True)
     rows = [_summarize(name, 0, found, detector, clear) for name, found in labelings]
@@ -260,7 +260,7 @@ def _check(
 
 
 @dataclass(frozen=True, eq=False)
-class _Bench:
+class _SplitLabels:
     """Labels on the two sides of the split."""
 
     names: tuple[str, ...]
@@ -273,7 +273,7 @@ class _Bench:
     seed: int
 
     @classmethod
-    def make(cls, given: TokenLabels, train_frac: float, quantile: float, min_count: int, seed: int) -> "_Bench":
+    def make(cls, given: TokenLabels, train_frac: float, quantile: float, min_count: int, seed: int) -> "_SplitLabels":
         documents = given.require_documents()
         is_train = split_documents(documents, train_frac, seed)
         if quantile * is_train.sum() < 1:
@@ -315,7 +315,7 @@ class _Bench:
 
 
 def _list_baselines(
-    bench: _Bench,
+    bench: _SplitLabels,
     baselines: Mapping[str, Coded],
     acts: Tensor | None,
     sae: SAE | None,
@@ -379,7 +379,7 @@ def _summarize(name: str, draw: int, fits: SideFits, detector: float, clear: flo
     )
 
 
-def _describe_sides(fits: SideFits, bench: _Bench) -> tuple[DissectedSide, ...]:
+def _describe_sides(fits: SideFits, bench: _SplitLabels) -> tuple[DissectedSide, ...]:
     order = np.argsort(-fits.iou, kind="stable")
     return tuple(
         DissectedSide(
@@ -398,7 +398,7 @@ def _describe_sides(fits: SideFits, bench: _Bench) -> tuple[DissectedSide, ...]:
     )
 
 
-def _describe_concepts(fits: SideFits, bench: _Bench, detector: float) -> tuple[DissectedConcept, ...]:
+def _describe_concepts(fits: SideFits, bench: _SplitLabels, detector: float) -> tuple[DissectedConcept, ...]:
     n_true = np.bincount(bench.truth[~bench.is_train].indices, minlength=len(bench.names))
     passed = fits.concept[fits.iou > detector]
     counts = np.bincount(passed[passed >= 0], minlength=len(bench.names))
