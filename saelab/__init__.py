@@ -30,6 +30,8 @@ if TYPE_CHECKING:
     from saelab.collecting.collection import collect as collect, stream as stream
     from saelab.collecting.embedding import embed as embed
     from saelab.collecting.harvesting import harvest as harvest
+    from saelab.corpora.label_fitting import label_head as label_head
+    from saelab.evaluation.dissection import dissect as dissect
     from saelab.evaluation.evaluation import evaluate as evaluate
     from saelab.explorer.launch import explore as explore
     from saelab.interventions.directions import Direction as Direction

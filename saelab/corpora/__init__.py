@@ -56,6 +56,15 @@ if TYPE_CHECKING:
         Hypothesis as Hypothesis,
         propose_hypotheses as propose_hypotheses,
     )
+    from saelab.corpora.label_attention import (
+        Evidence as Evidence,
+        ExplainedDocument as ExplainedDocument,
+        ExplainedLabel as ExplainedLabel,
+        HeadScore as HeadScore,
+        LabelFeature as LabelFeature,
+        LabelHead as LabelHead,
+    )
+    from saelab.corpora.label_fitting import label_documents as label_documents, label_head as label_head
     from saelab.corpora.topics import (
         TopicMethod as TopicMethod,
         Topics as Topics,
