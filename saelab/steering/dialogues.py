@@ -24,7 +24,7 @@ from saelab.lm.model_checks import Model
 from saelab.stores.results import Result
 
 DialogueHistory = Literal["clean", "steered"]
-Steering: TypeAlias = Sequence[Intervention] | Sequence[Sequence[Intervention]]
+TurnEdits: TypeAlias = Sequence[Intervention] | Sequence[Sequence[Intervention]]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -84,7 +84,7 @@ class Dialogue(Result):
 def converse(
     model: AnyModel,
     says: str | Sequence[str],
-    interventions: Steering = (),
+    interventions: TurnEdits = (),
     *,
     history: DialogueHistory = "clean",
     system: str | None = None,
@@ -153,7 +153,7 @@ def converse(
     return Dialogue(turns=tuple(turns), history=history, system=system, is_chat=is_chat, seed=seed)
 
 
-def _spread(given: Steering, n: int) -> list[Sequence[Intervention]]:
+def _spread(given: TurnEdits, n: int) -> list[Sequence[Intervention]]:
     """The interventions of each of n turns."""
     several = [one for one in given if not isinstance(one, Intervention)]
     if not several:

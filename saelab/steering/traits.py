@@ -211,7 +211,7 @@ def trait_vector(
         raise ValueError(f"`n_exchanges` and `n_tokens` must be at least 1, got {n_exchanges} and {n_tokens}.")
     points = hook_points or [f"blocks.{i}.hook_resid_post" for i in range(model.cfg.n_layers)]
     points = list(dict.fromkeys(find_hook_point(model, point) for point in points))
-    reader = _Reader(model, points, read, progress)
+    reader = _TraitReader(model, points, read, progress)
     ends = []
     for side in range(2):  # with the same noise
         texts = [pair[side] for pair in pairs]
@@ -242,7 +242,7 @@ def ask_under(model: Model, description: Text, question: str) -> str | Conversat
     return Conversation((*before, {"role": "user", "content": question}))
 
 
-class _Reader:
+class _TraitReader:
     """Mean activations of texts and of answers at some hook points."""
 
     def __init__(self, model: Model, points: list[str], read: DescriptionPart, progress: bool) -> None:
