@@ -13,15 +13,20 @@ from typing import Any, get_type_hints
 
 import jaxtyping
 from beartype import BeartypeConf, beartype
-from jaxtyping._storage import pop_shape_memo, push_shape_memo
+from jaxtyping._storage import get_shape_memo, pop_shape_memo, push_shape_memo
 
 JAXTYPED = jaxtyping.jaxtyped
+ANNOTATION = type(jaxtyping.AbstractArray)
+IS_ARRAY = ANNOTATION.__instancecheck__
+KINDS: dict[Any, bool] = {}
+"""whether arrays of a class and a dtype, of whatever shape, are as an annotation has it"""
 CONF = BeartypeConf(violation_type=jaxtyping.TypeCheckError)  # a TypeError, as some callers of saelab catch it
 
 
 def install() -> None:
     """Use `check` wherever the import hook of jaxtyping uses its decorator; before saelab is imported."""
     jaxtyping.jaxtyped = check
+    ANNOTATION.__instancecheck__ = is_array
 
 
 def check(fn: Any = None, **options: Any) -> Any:
@@ -35,6 +40,25 @@ def check(fn: Any = None, **options: Any) -> Any:
     if not inspect.isfunction(fn) or inspect.isgeneratorfunction(fn):
         return JAXTYPED(fn, **options)
     return _check_function(fn)
+
+
+def is_array(annotation: Any, value: Any) -> bool:
+    """Whether an array is as annotated. jaxtyping reads the name of its dtype from what it prints, at each call."""
+    if annotation._skip_instancecheck:
+        return True
+    kind = annotation, type(value), getattr(value, "dtype", None)
+    if kind not in KINDS:
+        KINDS[kind] = IS_ARRAY(annotation.dtype[annotation.array_type, "..."], value)
+    if not KINDS[kind]:
+        return False
+    sizes, shapes, _, arguments = get_shape_memo()
+    before = sizes.copy(), shapes.copy()
+    if not annotation._check_shape(value, sizes, shapes, arguments):
+        return True
+    for known, was in zip((sizes, shapes), before, strict=True):  # an array that does not fit names no axes
+        known.clear()
+        known.update(was)
+    return False
 
 
 def _check_function(fn: Any) -> Any:
