@@ -30,7 +30,7 @@ def install() -> None:
 
 
 def check(fn: Any = None, **options: Any) -> Any:
-    """A function that checks its arguments and results, a dataclass whose `__init__` does; generators as jaxtyping's."""
+    """A function that checks arguments and results, or a dataclass whose `__init__` does; generators by jaxtyping."""
     if fn is None:
         return functools.partial(check, **options)
     if inspect.isclass(fn):

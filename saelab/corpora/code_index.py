@@ -40,6 +40,13 @@ class CodeIndex:
     retrieval, or 1. Codes of opposite signs count against each other. A search reads the rows of the query's features
     and no others, so it takes the longer the denser these are.
 
+    Args:
+        blocks: the rows, by side, in parts.
+        weights: (n_sides,) of sides: of one sign each where there are twice as many as features, else of both.
+        steps: (n_sides,) what stored magnitudes of a side are multiples of; None where they are stored as they are.
+        n_features: number of features.
+        values: how magnitudes are stored.
+
     >>> from scipy.sparse import csr_matrix
     >>> index = CodeIndex.build(csr_matrix([[1.0, 0.0, 2.0], [0.0, 3.0, 0.0]]))
     >>> rows, scores = index.search(csr_matrix([[0.0, 1.0, 0.0]]), top=1)
