@@ -20,6 +20,8 @@ from saelab.stores.results import Result, format_table
 
 BLOCK = 16_384
 """rows that are compared with queries at a time"""
+NOTHING = 1e-5
+"""norm of an edited embedding relative to what it was, from which on it has a direction"""
 SHOWN = 72  # characters of a document
 
 
@@ -154,7 +156,8 @@ class EmbeddingSearch:
         """Embeddings with features set to codes, of norm 1.
 
         Raises:
-            ValueError: a feature that does not exist, a code that is not finite, or rows of another width.
+            ValueError: a feature that does not exist, a code that is not finite, rows of another width, or edits that
+                leave nothing of a row.
         """
         if x.shape[1] != self.sae.cfg.d_in:
             raise ValueError(f"Embeddings must have width {self.sae.cfg.d_in}, got {x.shape[1]}.")
@@ -172,7 +175,13 @@ class EmbeddingSearch:
         changed = _keep(changed, (z != 0).sum(1), features)
         given = x.to(self.sae.device)
         moved = self.sae.decode(changed, x=given).float() - self.sae.decode(z, x=given).float()
-        return normalize(x.float() + moved.cpu())
+        found = x.float() + moved.cpu()
+        if empty := int((found.norm(dim=1) <= NOTHING * x.float().norm(dim=1)).sum()):
+            raise ValueError(
+                f"`edits` must leave something of every embedding, got {empty} of {len(x)} that they cancel; set other "
+                "codes."
+            )
+        return normalize(found)
 
     def nearest(
         self, x: Float[Tensor, "n d_in"], top: int = 10, *, exclude: Int[np.ndarray, "n"] | None = None
