@@ -1,56 +1,69 @@
-"""Features of sentence embeddings (arXiv:2408.00657): do they form families, and does editing one steer a search?
+"""Features of sentence embeddings (arXiv:2408.00657): families, labels, matches across sizes, and edits of a search.
 
-    python scripts/measure_embeddings.py --model FOLDER --text FILE --out embeddings.json
+    python scripts/measure_families.py minilm --model FOLDER --text FILE --out families.json
+    python scripts/measure_families.py tales
 
-Embeddings of sentences of stories by a Hugging Face encoder in FOLDER, made once. Sentences of the last tenth of the
-stories are held out; equal ones count once. `kept` is the share of a held-out sentence's 10 nearest by cosine that the
-reconstruction keeps.
+`minilm`: distinct sentences of stories, embedded by a Hugging Face encoder in FOLDER; those of the last tenth of the
+stories are held out. Dictionaries: `SAE` (TopK), `untrained` (random rows), `PCA` (all components, the largest 16 codes
+by magnitude; `PCA, first 16` reconstructs from these) and `shuffled`, an SAE of the same sentences whose dimensions are
+permuted each by itself.
 
-Families: features that fire together (co-occurrence over that of the rarer one, exponential above .1) in a maximum
-spanning tree, each edge from the denser feature to the rarer; subtrees of more than two edges at the root are families,
-roots are taken out and the tree built again, three times. `inside / outside` is the co-occurrence of the root with its
-family over that with other features, in the training sentences and in held-out ones; codes with each column permuted
-are the null.
+- reconstruction: FVU of held-out sentences, share `kept` of the ten nearest of a sentence by cosine among them.
+- labels: sides with a good rule (`label_by_rules`, on all sentences; F1 and r on the half that rules were not chosen
+  on), and clean ones, F1 and r at least .8. `exchanged`: the same codes, each of another sentence.
+- families: of training sentences (`find_families`), and of permuted columns; overlap of a parent with its family over
+  that with others in held-out sentences. `excess 4`: edges at least four standard deviations above chance.
+- sizes: features of a third of the dictionary that recur in the whole one by their codes (`compare`).
+- search: `score_edit` for words that a side predicts with F1 at least .5 in training sentences, set to some times its
+  largest code, queries held out and without the word. All rivals turn the query as far as the edit does. `exchanged`:
+  the edit of one word's feature, looking for another word.
 
-Search: of held-out sentences without a word, the share of the 10 nearest among all others that hold the word, as they
-are and after the feature that the word predicts best (F1 at least .5 in training sentences) was set to some times its
-largest code. Rivals are a random feature at its own largest code, and adding the mean embedding of training sentences
-with the word, or that less the mean of all, at unit length times some weight. `near query` is the cosine with the
-query as it was.
+`tales`: sentences of tales by the mean of layer 2. A side is named by the concept of the hierarchy (root, class, word)
+that it predicts best (F1 at least .5). `below`: of the pairs of a parent and a child of a family that both have names,
+the share in which the child's concept lies below the parent's in the world, or is the same; `subtrees`: families with a
+named parent and two or more named children of which at least .8 are below. `exchanged`: names dealt out again among
+named sides. `concepts`: families of the concepts themselves.
 """
 
 import argparse
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch.nn.functional import normalize
 
 import saelab as sl
 from objectives.embeddings import N_NEAREST, embed, measure_fvu, nearest, read_pca, read_sentences, share_kept
-from objectives.shared import format_table
-from saelab.evaluation.feature_classifiers import encode_csr
+from objectives.shared import FIRST_STORY, HOOK, format_table
+from saelab.corpora import DocumentFeatures, EmbeddingSearch, FeatureFamilies, find_families, pool_documents, score_edit
 from saelab.functional.statistics import f1
+from saelab.labels.rules import label_by_rules
 from saelab.sae.initialization import make_untrained
 from saelab.stores.files import write_json
+from saelab.synthetic.tales import CONCEPTS, generate_stories
+from saelab.synthetic.vocabulary import VOCABULARY, write_out
 
-D_SAE, K = 1536, 16
-SHARE, ROUNDS, MIN_CHILDREN, OVERLAP, MAX_DENSITY = 0.1, 3, 3, 0.6, 0.2
-MIN_SENTENCES = 10  # that a feature fires on to be in a family, and that a word is in
-GOOD = 0.5  # F1 of a word that predicts a feature
-N_QUERIES, N_EDITED = 30, 30
-STRENGTHS, WEIGHTS = (1.0, 2.0, 4.0), (0.25, 0.5, 1.0)
+D_SAE, SMALL, K = 1536, 512, 16
+MIN_SENTENCES = 10  # that a word is in
+GOOD = 0.5  # F1 of a word that predicts a side, or of a side that predicts a concept
+EXCESS = 4.0
+N_WORDS, STRENGTHS = 20, (1.0, 2.0, 4.0)
+Table = dict[str, list[dict[str, float]]]
 
 
 class Sentences(NamedTuple):
-    """Embeddings and the words of each sentence, and which are held out."""
+    """Embeddings and texts of sentences, the words of each, and which are held out."""
 
-    x: torch.Tensor
+    acts: sl.Activations
     words: Any
-    names: np.ndarray
     held_out: np.ndarray
+
+    @property
+    def x(self) -> torch.Tensor:
+        """All embeddings."""
+        return self.acts[:]
 
 
 def read(args: argparse.Namespace) -> Sentences:
@@ -64,20 +77,51 @@ def read(args: argparse.Namespace) -> Sentences:
         np.savez(args.embeddings, **made)
     found = np.load(args.embeddings)
     first = np.sort(np.unique(found["sentence_ids"], return_index=True)[1])
+    texts = [texts[i] for i in first]
     counter = CountVectorizer(binary=True, min_df=MIN_SENTENCES, max_df=0.2, token_pattern=r"[a-z]+")
-    words = counter.fit_transform([texts[i] for i in first])
     docs = found["doc_ids"][first]
-    x = torch.from_numpy(found["embeddings"])[first]
-    return Sentences(x, words, counter.get_feature_names_out(), docs >= docs[len(docs) * 9 // 10])
+    acts = sl.embed(torch.from_numpy(found["embeddings"])[first], texts, progress=False)
+    return Sentences(acts, counter.fit_transform(texts), docs >= docs[len(docs) * 9 // 10])
 
 
-def train(x: torch.Tensor, n_tokens: int, seed: int, folder: Path) -> sl.SAE:
-    """An SAE of embeddings; read where it was trained before."""
-    if not folder.is_dir():
-        cfg = sl.SAEConfig(d_in=x.shape[1], d_sae=D_SAE, activation=sl.TopK(k=K))
-        run = sl.TrainConfig(n_tokens=n_tokens, batch_size=256, n_held_out=0, seed=seed)
-        sl.SAE(cfg, seed=seed).fit(sl.Activations.from_tensor(x), run, progress=False).save_pretrained(folder)
-    return sl.SAE.from_pretrained(folder)
+# ---- dictionaries
+def train(x: torch.Tensor, d_sae: int, k: int, n_tokens: int, seed: int, signed: bool = False) -> sl.SAE:
+    cfg = sl.SAEConfig(d_in=x.shape[1], d_sae=d_sae, activation=sl.AbsTopK(k=k) if signed else sl.TopK(k=k))
+    run = sl.TrainConfig(n_tokens=n_tokens, batch_size=256, n_held_out=0, seed=seed)
+    return sl.SAE(cfg, seed=seed).fit(sl.Activations.from_tensor(x), run, progress=False)
+
+
+def permute_dimensions(x: torch.Tensor, seed: int) -> torch.Tensor:
+    """Each dimension with its own values, in another order of the rows."""
+    rng = np.random.default_rng(seed)
+    return torch.from_numpy(rng.permuted(x.numpy(), axis=0))
+
+
+def make_pca(x: torch.Tensor) -> sl.SAE:
+    """All principal components as a dictionary, of which a row has the largest codes by magnitude."""
+    mean, d = x.mean(0), x.shape[1]
+    axes = torch.linalg.svd(x - mean, full_matrices=False).Vh
+    sae = sl.SAE(sl.SAEConfig(d_in=d, d_sae=d, activation=sl.AbsTopK(k=K), normalizer="none"), seed=0)
+    with torch.no_grad():
+        sae.W_enc.copy_(axes.T)
+        sae.W_dec.copy_(axes)
+        sae.b_enc.zero_()
+        sae.b_dec.copy_(mean)
+    return sae
+
+
+def make_dictionaries(x: torch.Tensor, n_tokens: int, seed: int) -> dict[str, sl.SAE]:
+    sae = train(x, D_SAE, K, n_tokens, seed)
+    return {
+        "SAE": sae,
+        "untrained": make_untrained(sae, x[:10_000], seed=100 + seed),
+        "PCA": make_pca(x),
+        "shuffled": train(permute_dimensions(x, seed), D_SAE, K, n_tokens, seed),
+    }
+
+
+def harvest(sae: sl.SAE, acts: sl.Activations, folder: Path) -> sl.FeatureStore:
+    return sl.harvest(sae, None, acts, folder, allow_mismatch=True, progress=False)
 
 
 @torch.no_grad()
@@ -86,207 +130,280 @@ def reconstruction(x: torch.Tensor, rebuild: Callable[[torch.Tensor], torch.Tens
     return {"FVU": measure_fvu(x, x_hat), "kept": share_kept(nearest(x), nearest(x_hat))}
 
 
-# ---- families
-class Family(NamedTuple):
-    root: int
-    members: frozenset[int]
-
-
-def similarity(fires: Any) -> np.ndarray:
-    """Co-occurrence of features over the count of the rarer one."""
-    fires = fires.astype(np.int64)  # a product of booleans is boolean
-    counts = (fires.T @ fires).toarray().astype(np.float64)
-    n = counts.diagonal()
-    shares = counts / (np.minimum(n[:, None], n) + 1)
-    np.fill_diagonal(shares, 0)
-    return shares
-
-
-def find_families(fires: Any) -> list[Family]:
-    """Families of features of a matrix of firings (sentences, features), near duplicates once."""
-    shares = similarity(fires)
-    density = np.asarray(fires.sum(0)).ravel()
-    left = np.flatnonzero((density >= MIN_SENTENCES) & (density < MAX_DENSITY * fires.shape[0]))
-    families: list[Family] = []
-    for _ in range(ROUNDS):
-        found = collect_families(children_of(shares, density, left))
-        families += found
-        left = np.setdiff1d(left, [family.root for family in found])
-    kept: list[Family] = []
-    for family in sorted(families, key=lambda one: -len(one.members)):
-        if all(len(family.members & o.members) <= OVERLAP * len(family.members | o.members) for o in kept):
-            kept.append(family)
-    return [family for family in kept if len(family.members) > MIN_CHILDREN]
-
-
-def children_of(shares: np.ndarray, density: np.ndarray, left: np.ndarray) -> dict[int, list[int]]:
-    """The maximum spanning forest of similar features, as the children of each feature; a child is rarer."""
-    from scipy.sparse import csr_matrix
-    from scipy.sparse.csgraph import minimum_spanning_tree
-
-    part = shares[np.ix_(left, left)]
-    weights = np.where(part >= SHARE, np.exp(part), 0)
-    tree = minimum_spanning_tree(csr_matrix(-weights)).tocoo()
-    children: dict[int, list[int]] = {int(i): [] for i in left}
-    for a, b in zip(left[tree.row].tolist(), left[tree.col].tolist(), strict=True):
-        parent, child = (a, b) if (density[a], -a) > (density[b], -b) else (b, a)
-        children[parent].append(child)
-    return children
-
-
-def collect_families(children: dict[int, list[int]]) -> list[Family]:
-    """What lies below each feature with more than two children and no parent, roots taken out one after another."""
-    families: list[Family] = []
-    children = dict(children)
-    while True:
-        having = {child for found in children.values() for child in found}
-        roots = [i for i, found in children.items() if i not in having and found]
-        if not roots:
-            return families
-        for root in roots:
-            below = set(children[root])
-            for i in (queue := list(below)):
-                new = [j for j in children.get(i, ()) if j not in below]
-                below.update(new)
-                queue += new
-            if len(children[root]) > 2:
-                families.append(Family(root, frozenset(below)))
-            del children[root]
-
-
-def measure_families(fires: Any, held_out: Any) -> dict[str, float]:
-    """Families of training sentences, and their co-occurrence there and in held-out ones."""
-    families = find_families(fires)
-    live = np.asarray(fires.sum(0)).ravel() >= MIN_SENTENCES
-
-    def ratio(shares: np.ndarray) -> float:
-        inside = [shares[root, list(members)].mean() for root, members in families]
-        outside = [
-            shares[root, np.setdiff1d(np.flatnonzero(live), [root, *members])].mean() for root, members in families
-        ]
-        return float(np.mean(inside) / np.mean(outside)) if families else float("nan")
-
-    sizes = [len(family.members) for family in families] or [0]
-    return {
-        "families": len(families),
-        "median size": float(np.median(sizes)),
-        "largest": max(sizes),
-        "features in one": len(frozenset().union(*(family.members for family in families))),
-        "inside / outside": ratio(similarity(fires)),
-        "held out": ratio(similarity(held_out)),
+# ---- labels
+def label(store: sl.FeatureStore, seed: int) -> tuple[dict[str, float], tuple[tuple[int, int], ...]]:
+    """Figures of labels by rules, and the sides with clean ones."""
+    found = label_by_rules(store, seed=seed)
+    clean, good = found.clean_sides(), found.good
+    figures = {
+        "sides": len(found.rows),
+        "good": len(good) / max(1, len(found.rows)),
+        "median F1": float(np.median([row.f1 for row in good])) if good else float("nan"),
+        "median r": float(np.median([row.r for row in good])) if good else float("nan"),
+        "F1, r >= .5": len(found.clean_sides(0.5, 0.5)),
+        "clean": len(clean),
     }
+    return figures, clean
 
 
-def permute_columns(fires: Any, seed: int) -> Any:
-    """Firings with as many of each feature, in random sentences."""
-    from scipy.sparse import csc_matrix
-
-    rng, columns = np.random.default_rng(seed), fires.tocsc()
-    rows = [rng.choice(columns.shape[0], n, replace=False) for n in np.diff(columns.indptr)]
-    return csc_matrix((columns.data, np.concatenate(rows), columns.indptr), shape=columns.shape).tocsr()
+# ---- families
+def measure_families(
+    train: DocumentFeatures, held_out: DocumentFeatures, seed: int, **options: Any
+) -> dict[str, float]:
+    found = find_families(train, seed=seed, **options)
+    scores = found.score(held_out)
+    return {
+        "families": len(found.families),
+        "permuted": float(np.mean(found.null_counts)),
+        "q <= .05": sum(one.q <= 0.05 for one in found.families),
+        "largest": max((len(one.children) for one in found.families), default=0),
+        "sides in one": len(found.members),
+        "in / out": found.ratio,
+        "held out": scores.ratio,
+    }
 
 
 # ---- search
-def good_words(fires: Any, words: Any) -> list[tuple[float, int, int]]:
-    """(F1, feature, word) of the best word of each feature where it is good, one feature a word, best first."""
-    a, b = fires.astype(np.float64), words.astype(np.float64)
-    scores = np.nan_to_num(f1((a.T @ b).toarray(), np.asarray(a.sum(0)).T, np.asarray(b.sum(0))))
+def good_words(codes: DocumentFeatures, words: Any) -> list[tuple[int, int, int]]:
+    """(feature, sign, word) of sides whose best word is good, one side a word, the best first."""
+    fires = codes.matrix.astype(bool).astype(np.float64)
+    b = words.astype(np.float64)
+    hits = (fires.T @ b).toarray()
+    scores = np.nan_to_num(f1(hits, np.asarray(fires.sum(0)).T, np.asarray(b.sum(0))))
     best = scores.argmax(1)
-    found = sorted(((float(scores[i, w]), i, int(w)) for i, w in enumerate(best) if scores[i, w] >= GOOD), reverse=True)
-    chosen: dict[int, tuple[float, int, int]] = {}
-    for one in found:
-        chosen.setdefault(one[2], one)
+    order = sorted(range(len(best)), key=lambda i: -scores[i, best[i]])
+    chosen: dict[int, tuple[int, int, int]] = {}
+    for i in order:
+        if scores[i, best[i]] >= GOOD:
+            chosen.setdefault(int(best[i]), (i // 2, 1 - 2 * (i % 2), int(best[i])))
     return list(chosen.values())
 
 
-@torch.no_grad()
-def edit(sae: sl.SAE, x: torch.Tensor, feature: int, value: float) -> torch.Tensor:
-    """Embeddings with a feature set, the k largest codes kept and the reconstruction error added back; unit length."""
-    z = sae.encode(x)
-    error = x - sae.decode(z)
-    z[:, feature] = value
-    top = z.topk(K, dim=1)
-    return normalize(sae.decode(torch.zeros_like(z).scatter_(1, top.indices, top.values)) + error)
-
-
-def measure_search(sae: sl.SAE, data: Sentences, seed: int) -> dict[str, dict[str, float]]:
-    """Share of the nearest sentences that hold the word and cosine to the query, by way of steering."""
+def measure_search(
+    name: str, sae: sl.SAE, data: Sentences, good: list[tuple[int, int, int]], seed: int
+) -> Iterator[tuple[str, dict[str, float]]]:
+    """Figures of edits, means over words, by strength."""
+    search = EmbeddingSearch(sae, data.x, allow_mismatch=True)
     rng = np.random.default_rng(seed)
-    train_x = data.x[~data.held_out]
-    codes = encode_csr(sae, train_x)
-    good, peaks = good_words(codes != 0, data.words[~data.held_out]), codes.max(axis=0).toarray().ravel()
-    figures: dict[str, list[tuple[float, float]]] = {}
-    for i in rng.permutation(len(good))[:N_EDITED]:
-        _, feature, word = good[i]
-        has = torch.from_numpy(data.words[:, [word]].toarray().ravel() > 0)
-        rows = rng.choice(np.flatnonzero(data.held_out & ~has.numpy()), N_QUERIES, replace=False)
-        other = int(rng.choice(np.flatnonzero(peaks > 0)))
-        mean = train_x[has[torch.from_numpy(~data.held_out)]].mean(0)
-        for name, steered in steer(sae, data.x[rows], feature, other, peaks, mean, train_x.mean(0)).items():
-            scores = steered @ data.x.T
-            scores[torch.arange(len(rows)), torch.from_numpy(rows)] = -2  # a query does not find itself
-            hits = has[scores.topk(N_NEAREST).indices].float().mean()
-            figures.setdefault(name, []).append((float(hits), float((steered * data.x[rows]).sum(1).mean())))
-    counts = {"good words": float(len(good)), "F1 >= .8": float(sum(score >= 0.8 for score, *_ in good))}
+    chosen = [good[i] for i in rng.permutation(len(good))[:N_WORDS]]
+    strengths = STRENGTHS if name == "SAE" else STRENGTHS[1:2]
+    ways = [(f"{name} x {c:g}", c, 0) for c in strengths] + [(f"{name} x 2, exchanged", 2.0, 1)] * (name == "SAE")
+    for way, strength, step in ways:
+        rows = []
+        for i, (feature, sign, _) in enumerate(chosen):
+            word = chosen[(i + step) % len(chosen)][2]
+            has = data.words[:, [word]].toarray().ravel() > 0
+            value = sign * strength * float(search.peaks[feature, (1 - sign) // 2])
+            one = score_edit(search, {feature: value}, has, known=~data.held_out, seed=seed)
+            names = ("before", "edited", "word_mean", "mean_difference", "random", "near_query")
+            rows.append([getattr(one, key) for key in names])
+        if rows:
+            yield way, dict(zip(names, np.mean(rows, 0).tolist(), strict=True)) | {"words": len(good)}
+
+
+def measure_sizes(whole: sl.FeatureStore, data: Sentences, small: sl.SAE, folder: Path) -> dict[str, float]:
+    """How many features of a smaller dictionary recur in the whole one, and how many are split there."""
+    found = sl.compare(harvest(small, data.acts, folder), whole, progress=False)
+    kinds = [one.kind for one in found.relations[0]]
     return {
-        name: {"word": (m := np.mean(found, 0))[0], "near query": m[1], **counts} for name, found in figures.items()
+        "median r": found.a.median,
+        "by chance": found.a.chance[0],
+        "universal": found.a.share(),
+        "same": kinds.count("same") / SMALL,
+        "split": kinds.count("split") / SMALL,
+        "of the whole": found.b.share(),
     }
 
 
-def steer(
-    sae: sl.SAE,
-    query: torch.Tensor,
-    feature: int,
-    other: int,
-    peaks: np.ndarray,
-    mean: torch.Tensor,
-    rest: torch.Tensor,
-) -> dict[str, torch.Tensor]:
-    """Queries as they are, and edited in each way."""
-    edited = {f"feature x {c:g}": edit(sae, query, feature, c * float(peaks[feature])) for c in STRENGTHS}
-    edited |= {f"random feature x {c:g}": edit(sae, query, other, c * float(peaks[other])) for c in STRENGTHS}
-    for name, added in (("word mean", mean), ("mean difference", mean - rest)):
-        edited |= {f"{name} x {c:g}": normalize(query + c * normalize(added, dim=0)) for c in WEIGHTS}
-    return {"before": query, **edited}
+def measure_minilm(args: argparse.Namespace) -> None:
+    data = read(args)
+    train_x, held_out = data.x[~torch.from_numpy(data.held_out)], data.x[torch.from_numpy(data.held_out)]
+    print(f"{len(train_x):,} sentences x {args.n_tokens / len(train_x):.0f} passes, {len(held_out):,} held out")
+    print(f"kept by chance {N_NEAREST / len(held_out):.3f}", flush=True)
+    tables: dict[str, Table] = {name: {} for name in ("reconstruction", "labels", "families", "sizes", "search")}
+    pca = read_pca(train_x)
+    tables["reconstruction"][f"PCA, first {K}"] = [reconstruction(held_out, lambda x: pca(x, K)[0])]
+
+    def add(table: str, name: str, figures: dict[str, float]) -> None:
+        tables[table].setdefault(name, []).append(figures)
+
+    for seed in args.seeds:
+        with tempfile.TemporaryDirectory() as folder:
+            for name, sae in make_dictionaries(train_x, args.n_tokens, seed).items():
+                add("reconstruction", name, reconstruction(held_out, sae))
+                store = harvest(sae, data.acts, Path(folder, name))
+                codes = pool_documents(store)
+                parts = codes.rows(~data.held_out), codes.rows(data.held_out)
+                labels, clean = label(store, seed)
+                add("labels", name, labels)
+                add("families", name, measure_families(*parts, seed))
+                add("families", f"{name}, excess 4", measure_families(*parts, seed, min_excess=EXCESS))
+                good = good_words(parts[0], data.words[~data.held_out])
+                if name == "SAE":
+                    texts = [data.acts.texts[i] for i in np.random.default_rng(seed).permutation(len(data.acts))]
+                    moved = replace_texts(data.acts, texts)
+                    add("labels", "exchanged", label(harvest(sae, moved, Path(folder, "exchanged")), seed)[0])
+                    if len(clean) > 1:
+                        add("families", "SAE, clean", measure_families(*parts, seed, sides=clean))
+                    add(
+                        "sizes",
+                        "SAE",
+                        measure_sizes(
+                            store,
+                            data,
+                            small := train(train_x, SMALL, K, args.n_tokens, seed + 50),
+                            Path(folder, "small"),
+                        ),
+                    )
+                    whole = store
+                if name == "untrained":
+                    add("sizes", "in an untrained one", measure_sizes(store, data, small, Path(folder, "small-2")))
+                    other = make_untrained(small, train_x[:10_000], seed=seed)
+                    add("sizes", "untrained in the SAE", measure_sizes(whole, data, other, Path(folder, "small-3")))
+                for way, figures in measure_search(name, sae, data, good, seed):
+                    add("search", way, figures)
+                print(f"seed {seed}: {name} done", flush=True)
+        show(tables, args.out)
+
+
+def replace_texts(acts: sl.Activations, texts: list[str]) -> sl.Activations:
+    return sl.embed(acts[:], texts, progress=False)
+
+
+def show(tables: dict[str, Table], out: Path | None) -> None:
+    for title, rows in tables.items():
+        if rows:
+            print(f"\n{title}\n{format_table(rows)}", flush=True)
+    if out:
+        write_json(out, tables)
+
+
+# ---- tales
+class World(NamedTuple):
+    """Sentences of tales, the concepts of the hierarchy in each, and the ancestors of each concept."""
+
+    texts: list[str]
+    concepts: Any
+    names: list[str]
+    above: dict[str, frozenset[str]]
+
+
+def read_world(n_stories: int, n_sentences: int, seed: int) -> World:
+    """Distinct sentences, with the concepts that any of their words has."""
+    from scipy.sparse import csr_matrix
+
+    stories = generate_stories(n_stories, first=FIRST_STORY + 20_000_000 + seed * n_stories)
+    words = np.array(VOCABULARY)[stories.token_ids]
+    ends = np.isin(words, [".", "?"]) | (stories.token_ids < 4)
+    sentence = np.concatenate([[0], np.cumsum(ends)[:-1]])
+    parents = {one.name: one.parent for one in CONCEPTS if one.kind in ("root", "class", "word")}
+    kept = [i for i, one in enumerate(stories.labels.concepts) if one.name in parents]
+    names = [stories.labels.concepts[i].name for i in kept]
+    spans = np.split(words[stories.token_ids >= 4], np.flatnonzero(np.diff(sentence[stories.token_ids >= 4])) + 1)
+    texts = [write_out(list(part)) for part in spans]
+    numbers = np.unique(sentence[stories.token_ids >= 4])
+    rows = csr_matrix((np.ones(len(sentence)), (sentence, np.arange(len(sentence)))))[numbers]
+    concepts = (rows @ stories.labels.matrix[:, kept].astype(float)).tocsr()
+    first = np.sort(np.unique(texts, return_index=True)[1])[:n_sentences]
+
+    def ancestors(name: str) -> frozenset[str]:
+        above = parents.get(name)
+        return frozenset() if above is None else frozenset({above}) | ancestors(above)
+
+    return World([texts[i] for i in first], concepts[first], names, {name: ancestors(name) for name in parents})
+
+
+def name_concepts(codes: DocumentFeatures, world: World) -> dict[tuple[int, int], str]:
+    """The concept that each side predicts best, where it is good."""
+    fires, truth = (one.astype(bool).astype(np.float64) for one in (codes.matrix, world.concepts))
+    scores = np.nan_to_num(f1((fires.T @ truth).toarray(), np.asarray(fires.sum(0)).T, np.asarray(truth.sum(0))))
+    best = scores.argmax(1)
+    good = np.flatnonzero(scores[np.arange(len(best)), best] >= GOOD)
+    return {(int(i) // 2, 1 - 2 * (int(i) % 2)): world.names[best[i]] for i in good}
+
+
+def score_subtrees(found: FeatureFamilies, names: dict[tuple[int, int], str], world: World) -> dict[str, float]:
+    """How far families are subtrees of the world's hierarchy."""
+    inside, subtrees, judged = [], 0, 0
+    for one in found.families:
+        if one.parent not in names:
+            continue
+        parent = names[one.parent]
+        own = [parent in (names[child], *world.above[names[child]]) for child in one.children if child in names]
+        inside += own
+        judged += len(own) >= 2
+        subtrees += len(own) >= 2 and np.mean(own) >= 0.8
+    return {
+        "families": len(found.families),
+        "permuted": float(np.mean(found.null_counts)),
+        "named": len(names),
+        "pairs": len(inside),
+        "below": float(np.mean(inside)) if inside else float("nan"),
+        "judged": judged,
+        "subtrees": subtrees / judged if judged else float("nan"),
+    }
+
+
+def measure_tales(args: argparse.Namespace) -> None:
+    model = sl.load_model("tales", progress=False)
+    table: Table = {}
+    for seed in args.seeds:
+        world = read_world(args.n_stories, args.n_sentences, seed)
+        acts = sl.embed(model, world.texts, pooling="mean", hook_point=HOOK, progress=False)
+        print(f"{len(world.texts):,} sentences, {world.concepts.shape[1]} concepts", flush=True)
+        sae = train(acts[:], 512, 8, args.n_tokens, seed, signed=True)
+        given = {
+            "SAE": (sae, acts),
+            "untrained": (make_untrained(sae, acts[:], seed=seed), acts),
+            "PCA": (make_pca(acts[:]), acts),
+            "concepts": truth_of(world),
+        }
+        for name, (one, rows) in given.items():
+            with tempfile.TemporaryDirectory() as folder:
+                codes = pool_documents(harvest(one, rows, Path(folder, "store")))
+                for kind, options in (("", {}), (", excess 4", {"min_excess": EXCESS})):
+                    found = find_families(codes, seed=seed, **options)
+                    names = name_concepts(codes, world)
+                    table.setdefault(name + kind, []).append(score_subtrees(found, names, world))
+                    dealt = np.random.default_rng(seed).permutation(list(names.values())).tolist()
+                    mixed = dict(zip(names, dealt, strict=True))
+                    table.setdefault(name + kind + ", exchanged", []).append(score_subtrees(found, mixed, world))
+        show({"tales": table}, args.out)
+
+
+def truth_of(world: World) -> tuple[sl.SAE, sl.Activations]:
+    """A dictionary whose features are the concepts."""
+    x = torch.from_numpy((world.concepts.toarray() > 0).astype(np.float32))
+    d = x.shape[1]
+    sae = sl.SAE(sl.SAEConfig(d_in=d, d_sae=d, activation=sl.TopK(k=int(x.sum(1).max())), normalizer="none"), seed=0)
+    with torch.no_grad():
+        sae.W_enc.copy_(torch.eye(d))
+        sae.W_dec.copy_(torch.eye(d))
+        sae.b_enc.zero_()
+        sae.b_dec.zero_()
+    return sae, sl.embed(x, world.texts, progress=False)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", type=Path, required=True, help="folder of a Hugging Face encoder")
-    parser.add_argument("--text", type=Path, required=True, help="stories that end with <|endoftext|>")
-    parser.add_argument(
+    stages = parser.add_subparsers(dest="stage", required=True)
+    minilm, tales = stages.add_parser("minilm"), stages.add_parser("tales")
+    minilm.add_argument("--model", type=Path, required=True, help="folder of a Hugging Face encoder")
+    minilm.add_argument("--text", type=Path, required=True, help="stories that end with <|endoftext|>")
+    minilm.add_argument(
         "--embeddings", type=Path, default=Path("runs/embeddings/embeddings.npz"), help="made if missing"
     )
-    parser.add_argument("--n-sentences", type=int, default=20_000)
-    parser.add_argument("--n-tokens", type=int, default=400_000, help="sentences to train each SAE on, over and over")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--kept", type=Path, default=Path("runs/embeddings"), help="folder of SAEs")
-    parser.add_argument("--out", type=Path, help="everything as JSON")
+    minilm.add_argument("--n-sentences", type=int, default=20_000)
+    minilm.add_argument("--n-tokens", type=int, default=400_000, help="sentences to train each SAE on, over and over")
+    tales.add_argument("--n-stories", type=int, default=1200)
+    tales.add_argument("--n-sentences", type=int, default=8_000)
+    tales.add_argument("--n-tokens", type=int, default=200_000)
+    for stage in (minilm, tales):
+        stage.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+        stage.add_argument("--out", type=Path, help="everything as JSON")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    data = read(args)
-    train_x, held_out = data.x[~data.held_out], data.x[data.held_out]
-    print(f"{len(train_x):,} sentences x {args.n_tokens / len(train_x):.0f} passes, {len(held_out):,} held out")
-    print(f"kept by chance {N_NEAREST / len(held_out):.3f}", flush=True)
-    tables: dict[str, dict[str, list[dict[str, float]]]] = {"reconstruction": {}, "families": {}, "search": {}}
-    pca = read_pca(train_x)
-    tables["reconstruction"]["PCA"] = [reconstruction(held_out, lambda x: pca(x, K)[0])]
-    for seed in args.seeds:
-        sae = train(train_x, args.n_tokens, seed, args.kept / f"sae-{seed}")
-        untrained = make_untrained(sae, train_x[:10_000], seed=100 + seed)
-        for name, one in (("SAE", sae), ("untrained", untrained)):
-            tables["reconstruction"].setdefault(name, []).append(reconstruction(held_out, one))
-            fires = [encode_csr(one, x) != 0 for x in (train_x, held_out)]
-            permuted = [permute_columns(codes, seed) for codes in fires]
-            for kind, found in ((name, fires), (f"{name}, permuted", permuted)):
-                tables["families"].setdefault(kind, []).append(measure_families(*found))
-        for name, figures in measure_search(sae, data, seed).items():
-            tables["search"].setdefault(name, []).append(figures)
-        print(f"\nseeds so far: {args.seeds[: args.seeds.index(seed) + 1]}")
-        for title, rows in tables.items():
-            print(f"\n{title}\n{format_table(rows)}", flush=True)
-        if args.out:
-            write_json(args.out, tables)
+    measure_minilm(args) if args.stage == "minilm" else measure_tales(args)
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ from saelab.cli.monitoring import monitor_texts
 from saelab.cli.planning import plan_run
 from saelab.cli.reading import read_texts
 from saelab.cli.releases import show_releases
+from saelab.cli.searching import search_documents, show_families
 from saelab.cli.steering import draw_curve, steer_prompts
 from saelab.cli.terminal import echo, find_base
 from saelab.cli.tracing import trace_prompt
@@ -65,6 +66,8 @@ VERBS: dict[str, Callable[..., None]] = {
     "compare": compare_folders,
     "diff": diff_stores,
     "find": find_documents,
+    "families": show_families,
+    "search": search_documents,
     "report": write_report,
     "explore": explore_store,
     "steer": steer_prompts,

@@ -20,6 +20,7 @@ from saelab.stores.results import Result, format_table
 
 BLOCK = 16_384
 """rows that are compared with queries at a time"""
+TOP = 10
 NOTHING = 1e-5
 """norm of an edited embedding relative to what it was, from which on it has a direction"""
 SHOWN = 72  # characters of a document
@@ -112,7 +113,7 @@ class EmbeddingSearch:
         query: int | Float[Tensor, "d_in"],
         edits: Mapping[int, float] | None = None,
         *,
-        top: int = 10,
+        top: int = TOP,
     ) -> EmbeddingRanking:
         """The documents nearest to a query in which features were edited, and the place of each before.
 
@@ -184,7 +185,7 @@ class EmbeddingSearch:
         return normalize(found)
 
     def nearest(
-        self, x: Float[Tensor, "n d_in"], top: int = 10, *, exclude: Int[np.ndarray, "n"] | None = None
+        self, x: Float[Tensor, "n d_in"], top: int = TOP, *, exclude: Int[np.ndarray, "n"] | None = None
     ) -> tuple[Int[np.ndarray, "n top"], Float32[np.ndarray, "n top"]]:
         """The rows nearest to each embedding by cosine, best first, and the cosines; of equal ones the first row.
 
@@ -301,7 +302,7 @@ def score_edit(
     *,
     known: Bool[np.ndarray, "n_documents"] | None = None,
     n_queries: int = 30,
-    top: int = 10,
+    top: int = TOP,
     seed: int = 0,
 ) -> EditScores:
     """How often an edit finds documents of a target, such as those with a word, beside rivals at equal cost.
