@@ -197,7 +197,7 @@ def test_what_is_printed_and_saved(found, tmp_path) -> None:
     found.save(tmp_path / "families.json")
     told = json.loads((tmp_path / "families.json").read_text())
     assert told["families"][0]["parent"] == [0, 1] and told["null_counts"] == list(found.null_counts)
-    assert "<pre>" in found._repr_html_()
+    assert "<li>1 \u2212<" in found._repr_html_()
 
 
 @pytest.mark.parametrize("given", [{"min_overlap": 0.0}, {"min_overlap": 1.0}, {"max_density": 0.0}, {"n_rounds": 0}])
