@@ -340,8 +340,8 @@ def score_edit(
         )
     rng = np.random.default_rng(seed)
     rows = np.sort(rng.choice(asked, min(n_queries, len(asked)), replace=False))
-    x = normalize(torch.cat([search.documents[int(row) : int(row) + 1] for row in rows]).float())
-    edited = search.edit(x, edits)
+    given = torch.cat([search.documents[int(row) : int(row) + 1] for row in rows]).float()
+    edited, x = search.edit(given, edits), normalize(given)  # an SAE reads embeddings at the length that they have
     cosine = (x * edited).sum(1)
     mean = _mean(search, target & seen)
     live = np.setdiff1d(np.flatnonzero(search.peaks.any(1)), list(edits))

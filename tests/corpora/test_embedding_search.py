@@ -160,6 +160,11 @@ def test_the_edit_of_a_words_feature_finds_the_word(worded) -> None:
 def test_queries_are_those_without_the_target_and_unknown(worded) -> None:
     search, has = worded
     known = np.arange(800) < 700
+    asked = search.documents[:][torch.from_numpy(~has & ~known)]
+    costs = (search.edit(asked, {9: 2.0}) * normalize(asked)).sum(1)  # at the length that embeddings have
+    assert score_edit(search, {9: 2.0}, has, known=known, n_queries=10_000).near_query == pytest.approx(
+        float(costs.mean()), abs=1e-5
+    )
     found = score_edit(search, {}, has, known=known, n_queries=10_000)
     assert found.n_queries == (~has & ~known).sum() and found.edited == found.before == found.random
     assert found.near_query == pytest.approx(1)
