@@ -1,7 +1,7 @@
 """`find_families`: features that fire in the documents of a more frequent one, as trees (arXiv:2408.00657)."""
 
 from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -85,12 +85,12 @@ class FeatureFamilies(Result):
     """Families of features, the largest first."""
 
     n_documents: int
-    sides: Int[np.ndarray, "n_sides 2"]
+    sides: Int[np.ndarray, "n_sides 2"] = field(repr=False)
     """feature and sign of each side that could be in one"""
     min_overlap: float
     null_counts: tuple[int, ...]
     """families found after the documents of each side were permuted, one number a draw"""
-    families: tuple[Family, ...]
+    families: tuple[Family, ...] = field(repr=False)
 
     @property
     def ratio(self) -> float:

@@ -158,7 +158,7 @@ def test_the_edit_of_a_words_feature_finds_the_word(worded) -> None:
 
 
 def test_queries_are_those_without_the_target_and_unknown(worded) -> None:
-    search, has = worded
+    search, has = EmbeddingSearch(worded[0].sae, 3 * worded[0].documents[:]), worded[1]
     known = np.arange(800) < 700
     asked = search.documents[:][torch.from_numpy(~has & ~known)]
     costs = (search.edit(asked, {9: 2.0}) * normalize(asked)).sum(1)  # at the length that embeddings have
