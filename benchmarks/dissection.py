@@ -59,9 +59,8 @@ def main() -> None:
         print(head)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     seconds = time.process_time() - began
-    print(
-        f"{args.what}: {args.n_tokens:,} tokens, {seconds:.1f} s of processor time, peak {peak:.2f} GiB, {before:.2f} before"
-    )
+    memory = f"peak {peak:.2f} GiB, {before:.2f} before"
+    print(f"{args.what}: {args.n_tokens:,} tokens, {seconds:.1f} s of processor time, {memory}")
 
 
 if __name__ == "__main__":
