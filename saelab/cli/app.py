@@ -12,6 +12,7 @@ from saelab.cli.comparing import compare_folders
 from saelab.cli.converting import convert_sae
 from saelab.cli.demo import run_demo
 from saelab.cli.diffing import diff_stores, find_documents
+from saelab.cli.dissecting import dissect_store, fit_label_head
 from saelab.cli.embedding import embed_texts
 from saelab.cli.exploring import explore_store
 from saelab.cli.exporting import export_features, upload_features
@@ -69,6 +70,8 @@ VERBS: dict[str, Callable[..., None]] = {
     "find": find_documents,
     "families": show_families,
     "search": search_documents,
+    "dissect": dissect_store,
+    "label-head": fit_label_head,
     "report": write_report,
     "explore": explore_store,
     "steer": steer_prompts,

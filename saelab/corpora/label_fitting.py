@@ -171,13 +171,17 @@ class _LabelSplit:
         )
 
     def thresholds(self, logits: Float[np.ndarray, "n n_labels"]) -> Float[np.ndarray, "n_labels"]:
-        """The threshold of each label with the highest kappa on documents that it was not fitted to."""
+        """The threshold of each label with the highest kappa on documents that it was not fitted to.
+
+        It is infinite where no side of a feature is left for the label, so that it is never predicted.
+        """
         found = np.empty(logits.shape[1])
         for c in range(logits.shape[1]):
             rows = self.chosen
             if min(n := self.y[rows, c].sum(), len(rows) - n) < FEW:
                 rows = np.concatenate([self.learned, self.chosen])
-            found[c] = choose_threshold(logits[rows, c], self.y[rows, c])[0]
+            constant = np.ptp(logits[rows, c]) == 0
+            found[c] = math.inf if constant else choose_threshold(logits[rows, c], self.y[rows, c])[0]
         return found
 
     def score(self, name: str, logits: Float[np.ndarray, "n n_labels"], n_features: float) -> HeadScore:

@@ -9,6 +9,7 @@ if TYPE_CHECKING:
         plot_activations as plot_activations,
         plot_dead_features as plot_dead_features,
         plot_density as plot_density,
+        plot_dissection as plot_dissection,
         plot_feature_map as plot_feature_map,
     )
     from saelab.visualization.geometry_plots import (

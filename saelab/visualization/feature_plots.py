@@ -1,4 +1,4 @@
-"""Plots of features: histograms of firing rates and codes, dead features, and a t-SNE map by similarity."""
+"""Plots of features: histograms of firing rates and codes, dead features, detectors of concepts, and a t-SNE map."""
 
 import math
 from collections.abc import Mapping
@@ -10,6 +10,7 @@ from jaxtyping import Bool, Float, Int
 
 from saelab.analysis.density import KINDS, DeadFeatures
 from saelab.analysis.feature_similarity import NearestFeatures
+from saelab.evaluation.dissection import Dissection
 from saelab.sae.sae import SAE
 from saelab.stores.feature_store import FeatureStore
 from saelab.visualization.html import MINUS, OTHER, OWN, PLUS, apply_layout, count_rows, escape_plotly, write_over
@@ -190,6 +191,39 @@ def plot_dead_features(dead: DeadFeatures) -> "Figure":
     note += f", so a rate below {never[0]:.2g} ({dead.confidence:.0%})" if len(never) else ""
     note += f"; near-dead: below {dead.near_dead_rate:g}; dense: above {dead.dense_rate:g}"
     return apply_layout(figure, "Features by how often they fire", note, 150 + 52 * len(groups))
+
+
+def plot_dissection(found: Dissection) -> "Figure":
+    """Bars of what a dissection found, for the codes and for each baseline and null: means over random draws.
+
+    Left: share of sides that are detectors, which random directions reach too; right: different concepts of the clear
+    ones. Smallest and largest of several draws are shown on hover.
+    """
+    from plotly.graph_objects import Bar
+    from plotly.subplots import make_subplots
+
+    names = list(dict.fromkeys(row.name for row in found.rows))
+    groups = [[row for row in found.rows if row.name == name] for name in names]
+    titles = f"sides that are detectors, IoU > {found.detector:g}", f"concepts with IoU >= {found.clear:g}"
+    figure = make_subplots(rows=1, cols=2, shared_yaxes=True, horizontal_spacing=0.06, subplot_titles=titles)
+    for column, key in enumerate(("detector_frac", "n_unique_clear"), 1):
+        values = [[float(getattr(row, key)) for row in group] for group in groups]
+        form = ".1%" if column == 1 else ".3g"
+        bar = Bar(
+            x=[np.mean(one) for one in values],
+            y=[escape_plotly(name) for name in names],
+            orientation="h",
+            marker={"color": [OWN, *[OTHER] * (len(names) - 1)]},
+            customdata=[f"{min(one):{form}} to {max(one):{form}}, {len(one)} drawn" for one in values],
+            hovertemplate="%{y}: %{x:" + form + "} (%{customdata})<extra></extra>",
+            showlegend=False,
+        )
+        figure.add_trace(bar, row=1, col=column)
+    figure.update_xaxes(tickformat=".0%", rangemode="tozero", row=1, col=1)
+    figure.update_yaxes(autorange="reversed", automargin=True, ticksuffix=" ")
+    size = f"{count_tokens([found.n_tokens])} of {found.n_documents:,} held-out documents"
+    note = f"{len(found.concepts)} concepts on {size}"
+    return apply_layout(figure, "Features that detect concepts", note, 120 + 28 * len(names))
 
 
 def plot_feature_map(

@@ -58,6 +58,8 @@ def test_a_penalty_leaves_fewer_sides(planted) -> None:
         for l1 in (0.0, 0.01, 10.0)
     ]
     assert counts[0] > counts[1] > counts[2] == 0
+    silent = sl.label_head(codes, labels, DOCUMENTS, l1=10.0, n_epochs=4, baselines=False)
+    assert silent.scores[0].micro_f1 == 0 and not silent.decide(silent.predict(codes, DOCUMENTS)).any()
 
 
 def test_heads_that_read_activations(planted) -> None:

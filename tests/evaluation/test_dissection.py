@@ -86,6 +86,13 @@ def test_nulls_leave_next_to_nothing(found) -> None:
         assert row.n_sides == found.rows[0].n_sides
 
 
+def test_the_place_in_a_document_is_no_concept_of_shifted_labels() -> None:
+    """Every document has its concept on its first token: exchanged in order all of it would stay."""
+    first = np.arange(N) % PER_DOCUMENT == 0
+    found = dissect(first[:, None].astype(float), {"first": first}, DOCUMENTS, quantile=0.1)
+    assert found.rows[0].concept_iou == 1.0 and found.row(SHIFTED).concept_iou < 0.2
+
+
 def test_a_store_sparse_and_dense_codes_are_one(planted, found, tmp_path) -> None:
     codes, labels = planted
     store = harvest_codes(codes, DOCUMENTS, tmp_path, shard_tokens=1000)

@@ -12,7 +12,13 @@ import saelab as sl
 from saelab.analysis.pruning import PrunedScore
 from saelab.stores.feature_statistics import FeatureStatistics
 from saelab.training.loop import FileSink
-from saelab.visualization.feature_plots import plot_activations, plot_dead_features, plot_density, plot_feature_map
+from saelab.visualization.feature_plots import (
+    plot_activations,
+    plot_dead_features,
+    plot_density,
+    plot_dissection,
+    plot_feature_map,
+)
 from saelab.visualization.training_plots import plot_frontier, plot_prefixes, plot_training
 
 HOOK = "blocks.1.hook_resid_post"
@@ -284,3 +290,15 @@ def test_text_is_never_markup_and_every_figure_names_axes_and_tokens(store, sae,
         assert "&lt;script&gt;" in said and "&#36;x&#36;" in said and "$" not in said
         templates = [trace.hovertemplate or "" for trace in figure.data]
         assert not any("alert" in template for template in templates)  # %{x} would be filled in there
+
+
+def test_dissections_are_means_over_draws():
+    rng = np.random.default_rng(0)
+    codes, truth = rng.normal(size=(800, 4)), rng.random((800, 1)) < 0.2
+    x = torch.from_numpy(codes).float()
+    found = sl.dissect(codes, {"<b>c</b>": truth[:, 0]}, np.arange(800) // 8, acts=x, n_rotations=2)
+    share, unique = plot_dissection(found).data
+    assert len(share.y) == len({row.name for row in found.rows}) == len(unique.x)
+    drawn = [row.detector_frac for row in found.rows if row.name == "activations rotated"]
+    assert share.x[share.y.index("activations rotated")] == np.mean(drawn) and len(drawn) == 2
+    assert share.x[0] == found.rows[0].detector_frac and unique.x[0] == found.rows[0].n_unique_clear
