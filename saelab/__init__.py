@@ -32,8 +32,11 @@ if TYPE_CHECKING:
     from saelab.collecting.harvesting import harvest as harvest
     from saelab.evaluation.evaluation import evaluate as evaluate
     from saelab.explorer.launch import explore as explore
+    from saelab.interventions.concept_vectors import concept_vector as concept_vector
     from saelab.interventions.directions import Direction as Direction
     from saelab.interventions.interventions import Intervention as Intervention
+    from saelab.interventions.learned_directions import learn_direction as learn_direction
+    from saelab.interventions.module_steering import steer_module as steer_module
     from saelab.interventions.steering_hooks import splice as splice, steer as steer
     from saelab.lm.generation import generate as generate
     from saelab.lm.masks import TokenMask as TokenMask
