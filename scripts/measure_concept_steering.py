@@ -33,18 +33,18 @@ import saelab as sl
 from objectives.embeddings import N_NEAREST, embed, read_sentences
 from objectives.shared import format_table
 from saelab.lm.module_inputs import make_inputs
-from saelab.lm.text_encoders import load_text_encoder, make_pooled_encoder
+from saelab.lm.text_encoders import make_pooled_encoder
 from saelab.stores.files import write_json
 
 WORDS = (
     "dog", "cat", "ball", "tree", "boat", "cake", "rain", "car", "bird", "flower", "water", "park", "book", "house",
     "bear", "fish", "bed", "box", "garden", "sun", "truck", "apple",
 )  # fmt: skip
-N_WORDS, N_QUERIES, LEAST = 10, 12, 8
+N_WORDS, N_QUERIES, LEAST = 6, 10, 8
 D_SAE, K, K_EMBEDDING = 1536, 32, 16
 STRENGTHS = (0.25, 0.5, 1.0, 2.0)
 NEAR = 0.8
-N_FOR_TOKENS, N_LEARNED = 4_000, 48
+N_FOR_TOKENS, N_LEARNED = 3_000, 32
 
 
 class Data(NamedTuple):
@@ -66,8 +66,10 @@ def main() -> None:
     command.add_argument("--out", type=Path, default=Path("concept_steering.json"))
     args = command.parse_args()
     torch.set_num_threads(1)
+    from transformers import AutoModel, AutoTokenizer
+
     data = read(args)
-    encoder, tokenizer = load_text_encoder(args.model, device="cpu")
+    encoder, tokenizer = AutoModel.from_pretrained(args.model).eval(), AutoTokenizer.from_pretrained(args.model)
     layer = Layer(encoder, tokenizer, args.layer, data)
     print(
         f"{len(data.texts):,} sentences, {int(data.held_out.sum()):,} held out, {len(layer.tokens):,} tokens to train "

@@ -43,8 +43,8 @@ class ConceptVector(Drawn):
     def features(self) -> list[tuple[int, float]]:
         """Features and their codes, the largest in magnitude first; of several positions each feature's largest."""
         codes = self.codes if self.codes.ndim == 1 else _largest(self.codes)
-        order = largest_first(codes[None].abs(), int((codes != 0).sum()))[0] if (codes != 0).any() else []
-        return [(int(i), float(codes[i])) for i in order]
+        order = largest_first(codes[None].abs(), max(1, int((codes != 0).sum())))[0]
+        return [(int(i), float(codes[i])) for i in order if codes[i] != 0]
 
     def direction(self, hook_point: str) -> Direction:
         """The vector, scaled to norm 1, as a direction of a hook point; its peak is the norm, so that a strength of 1

@@ -111,8 +111,8 @@ def make_inputs(model: Any, example: ModuleExample, tokenizer: Any = None) -> Mo
         raise ValueError(f"Texts must be at least one, none of them blank, got {texts[:3]!r}.")
     if is_pretrained(model):
         tokenizer = tokenizer or find_tokenizer(model)
-        encodes = getattr(model.config, "is_encoder_decoder", False) and hasattr(model, "get_encoder")
-        model = model.get_encoder() if encodes else model
+        decodes: Any = model if getattr(model.config, "is_encoder_decoder", False) else None
+        model = decodes.get_encoder() if decodes is not None and hasattr(decodes, "get_encoder") else model
     if tokenizer is None:
         raise ValueError(f"`tokenizer` must be given for texts and a {type(model).__name__}, got None.")
     return _tokenize(model, texts, tokenizer)

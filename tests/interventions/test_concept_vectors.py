@@ -11,6 +11,8 @@ from torch import nn
 from unchecked import unchecked
 
 import saelab as sl
+from saelab.lm.module_inputs import make_inputs
+from saelab.lm.text_encoders import make_pooled_encoder
 
 POINT = "blocks.1.hook_resid_post"
 
@@ -155,13 +157,14 @@ def test_a_model_of_sentence_transformers_is_read_in_its_transformer(encoder) ->
 
 @pytest.mark.skipif("SAELAB_MINILM" not in os.environ, reason="SAELAB_MINILM names no folder of all-MiniLM-L6-v2")
 def test_minilm_steered_by_a_prompt_moves_its_neighbors() -> None:
-    from saelab.lm.text_encoders import load_text_encoder, make_pooled_encoder
+    from transformers import AutoModel, AutoTokenizer
 
-    model, tokenizer = load_text_encoder(Path(os.environ["SAELAB_MINILM"]), device="cpu")
+    folder = Path(os.environ["SAELAB_MINILM"])
+    model, tokenizer = AutoModel.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
     at, embed = model.encoder.layer[3], make_pooled_encoder(model, "mean", tokenizer=tokenizer).encode
     things = ("dog", "boat", "cake", "violin")
     texts = [f"{who} saw a {thing} {when}." for who in ("Tom", "My aunt") for thing in things for when in ("", "today")]
-    inputs = sl.lm.module_inputs.make_inputs(model, texts, tokenizer)
+    inputs = make_inputs(model, texts, tokenizer)
     acts = sl.Activations.from_tensor(inputs.capture(at)[inputs.text])
     cfg = sl.SAEConfig(d_in=384, d_sae=64, activation=sl.TopK(k=8))
     sae = sl.SAE(cfg, seed=0).fit(acts, sl.TrainConfig(n_tokens=20_000, batch_size=64, n_held_out=0), progress=False)

@@ -37,7 +37,7 @@ class Bag(nn.Module):
 
 
 def test_a_planted_shift_is_found_and_beats_what_was_not_fitted() -> None:
-    bag, planted = Bag(), torch.randn(12, generator=torch.Generator().manual_seed(1))
+    bag, planted = Bag(), torch.randn(12, generator=torch.Generator().manual_seed(77))
     with torch.no_grad():
         wanted = dict(zip(TEXTS, bag.embed(TEXTS) + planted, strict=True))
 
