@@ -164,7 +164,10 @@ class CodeIndex:
         full = all(one["scale"].size == BLOCK for one in parts_of[:-1])
         if not fits or not full or not all(_is_whole(one, n_sides, DTYPES[values]) for one in parts_of):
             raise ValueError(f"{path} must hold arrays that fit each other, got others. Was it edited?")
-        blocks = [_Block(**({"values": None} | one)) for one in parts_of]
+        blocks = [
+            _Block(offsets=one["offsets"], rows=one["rows"], values=one.get("values"), scale=one["scale"])
+            for one in parts_of
+        ]
         return cls(blocks, arrays["weights"], arrays.get("steps"), n_features, values)
 
     def search(
