@@ -9,9 +9,9 @@ are among the ten found, `in 100` among the hundred found (which a second look a
 those of SAEs trained on the sentences that are searched: `index` searches them by `CodeIndex` (binarized or with
 magnitudes in 8 bits, weighted by idf or not), `decoded` compares the reconstructions, of which the same codes are
 stored (a code is a 16-bit number and a float16). `untrained` has random rows. Bytes are those of a sentence: of
-everything that the index holds, of the codes or the vectors for others, without their codebooks. PQ and the quantized
-inverted file (IVFPQ, 64 cells of which 8 are read) are faiss's, run by the Python in which it is installed. What was
-measured is kept in the file of `--out` after each seed, and the same command goes on from there.
+everything that the index holds, of the codes or the vectors for others, without their codebooks. PQ (product
+quantization) is faiss's, run by the Python in which it is installed. What was measured is kept in the file of `--out`
+after each seed, and the same command goes on from there.
 
 `speed`: milliseconds a query among a million codes of 16 features of 8,192, on one thread: densities alike, by Zipf's
 law (exponent .7), and scipy's product with the same matrix; the median and the largest of 100 queries.
@@ -46,14 +46,12 @@ import faiss, numpy as np
 faiss.omp_set_num_threads(1)
 given = np.load(sys.argv[1])
 index = faiss.index_factory(given["rows"].shape[1], sys.argv[3], faiss.METRIC_INNER_PRODUCT)
-if sys.argv[3].startswith("IVF"):
-    index.nprobe = 8
 index.train(given["rows"])
 index.add(given["rows"])
 json.dump(index.search(given["queries"], 100)[1].tolist(), open(sys.argv[2], "w"))
 """
-FAISS_INDEXES = {"PQ8": 8, "PQ16": 16, "PQ32": 32, "PQ64": 64, "IVF64,PQ32": 40}
-"""bytes of a vector by index; an inverted file holds its number, too"""
+FAISS_INDEXES = {"PQ8": 8, "PQ16": 16, "PQ32": 32}
+"""bytes of a vector by index"""
 
 
 def main() -> None:

@@ -46,13 +46,6 @@ class CodeIndex:
     retrieval, or 1. Codes of opposite signs count against each other. A search reads the rows of the query's features
     and no others, so it takes the longer the denser these are.
 
-    Args:
-        blocks: the rows, by side, in parts.
-        weights: (n_sides,) of sides: of one sign each where there are twice as many as features, else of both.
-        steps: (n_sides,) what stored magnitudes of a side are multiples of; None where they are stored as they are.
-        n_features: number of features.
-        values: how magnitudes are stored.
-
     >>> from scipy.sparse import csr_matrix
     >>> index = CodeIndex.build(csr_matrix([[1.0, 0.0, 2.0], [0.0, 3.0, 0.0]]))
     >>> rows, scores = index.search(csr_matrix([[0.0, 1.0, 0.0]]), top=1)
@@ -171,7 +164,10 @@ class CodeIndex:
         full = all(one["scale"].size == BLOCK for one in parts_of[:-1])
         if not fits or not full or not all(_is_whole(one, n_sides, DTYPES[values]) for one in parts_of):
             raise ValueError(f"{path} must hold arrays that fit each other, got others. Was it edited?")
-        blocks = [_Block(**({"values": None} | one)) for one in parts_of]
+        blocks = [
+            _Block(offsets=one["offsets"], rows=one["rows"], values=one.get("values"), scale=one["scale"])
+            for one in parts_of
+        ]
         return cls(blocks, arrays["weights"], arrays.get("steps"), n_features, values)
 
     def search(

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
         LearnedDirection as LearnedDirection,
         learn_direction as learn_direction,
     )
-    from saelab.interventions.module_steering import ModuleUnit as ModuleUnit, steer_module as steer_module
+    from saelab.interventions.module_steering import ModuleScale as ModuleScale, steer_module as steer_module
     from saelab.interventions.patching import (
         Patching as Patching,
         PatchSource as PatchSource,

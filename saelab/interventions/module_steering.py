@@ -17,7 +17,7 @@ from saelab.lm.unwrapped import attach
 from saelab.sae.adapters import ModulePort
 from saelab.sae.sae import SAE
 
-ModuleUnit = Literal["raw", "norm"]
+ModuleScale = Literal["raw", "norm"]
 """Of strengths: multiples of the vector, or of the norm of the activation that it is added to"""
 Steering: TypeAlias = Float[Tensor, "d"] | Float[Tensor, "n d"] | ConceptVector | Direction | Intervention
 """What `steer_module` takes: one vector, one for each position, or an edit of features."""
@@ -31,7 +31,7 @@ def steer_module(
     strength: Strength = 1.0,
     *,
     where: TokenSelection = "all",
-    unit: ModuleUnit = "raw",
+    unit: ModuleScale = "raw",
     side: ModulePort = "output",
     axis: int = -1,
 ) -> Iterator[nn.Module]:
@@ -117,8 +117,8 @@ def _edit(intervention: Intervention) -> Move:
 
 
 def _add(vector: Tensor, strength: Strength, unit: str) -> Move:
-    if unit not in get_args(ModuleUnit):
-        raise ValueError(f"`unit` must be one of {get_args(ModuleUnit)}, got {unit!r}.")
+    if unit not in get_args(ModuleScale):
+        raise ValueError(f"`unit` must be one of {get_args(ModuleScale)}, got {unit!r}.")
     if vector.ndim not in (1, 2) or not vector.detach().isfinite().all():
         raise ValueError(f"A vector must be finite and (d) or (n, d), got {tuple(vector.shape)}.")
     if not torch.as_tensor(strength).detach().isfinite().all() or torch.as_tensor(strength).ndim:
