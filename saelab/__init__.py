@@ -13,6 +13,7 @@ if TYPE_CHECKING:
         evaluation as evaluation,
         explorer as explorer,
         functional as functional,
+        geometry as geometry,
         interop as interop,
         interventions as interventions,
         labels as labels,
@@ -32,6 +33,9 @@ if TYPE_CHECKING:
     from saelab.collecting.harvesting import harvest as harvest
     from saelab.evaluation.evaluation import evaluate as evaluate
     from saelab.explorer.launch import explore as explore
+    from saelab.geometry.cofiring_lobes import lobes as lobes
+    from saelab.geometry.direction_clouds import galaxy as galaxy
+    from saelab.geometry.relation_crystals import crystals as crystals
     from saelab.interventions.directions import Direction as Direction
     from saelab.interventions.interventions import Intervention as Intervention
     from saelab.interventions.steering_hooks import splice as splice, steer as steer

@@ -24,6 +24,7 @@ FLOORS = {
     "evaluation": 7,
     "analysis": 8,
     "circuits": 8,
+    "geometry": 8,
     "probing": 8,
     "labels": 9,
     "steering": 9,

@@ -76,6 +76,16 @@ def format_table(rows: Sequence[Sequence[str]], left: Collection[int] = (0,)) ->
     ]
 
 
+def format_spread(draws: Sequence[float], digits: int = 3) -> str:
+    """The mean of some draws, with the smallest and the largest in brackets where there are several.
+
+    >>> format_spread([1.0, 3.0], 1), format_spread([0.5], 2)
+    ('2.0 (1.0..3.0)', '0.50')
+    """
+    mean = f"{np.mean(draws):.{digits}f}"
+    return f"{mean} ({min(draws):.{digits}f}..{max(draws):.{digits}f})" if len(draws) > 1 else mean
+
+
 def find_row(rows: Sequence[T], **values: object) -> T:
     """The first row whose fields have the given values; KeyError that lists the values there are."""
     for row in rows:
