@@ -130,7 +130,7 @@ def crystals(
     - "distractors out": without the directions along which words vary with each distractor, `sum_w (x_w - mean x) (c_w
       - mean c)`, over words that are in no pair; "random out" is without as many random directions.
     - "LDA": in the space of a linear discriminant analysis that tells relations apart, of the differences that it was
-      fitted on, and of held-out ones with those (5 folds). The first is high whatever the vectors are.
+      fitted on, and of held-out ones with those (5 folds). The first can be high whatever the vectors are.
 
     Source: arXiv:2410.19750, section 3.
 

@@ -11,6 +11,11 @@ if TYPE_CHECKING:
         plot_density as plot_density,
         plot_feature_map as plot_feature_map,
     )
+    from saelab.visualization.geometry_plots import (
+        plot_crystals as plot_crystals,
+        plot_galaxy as plot_galaxy,
+        plot_lobes as plot_lobes,
+    )
     from saelab.visualization.graph_page import write_graph_page as write_graph_page
     from saelab.visualization.intervention_plots import (
         plot_attribution as plot_attribution,
