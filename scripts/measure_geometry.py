@@ -23,7 +23,7 @@ from saelab.evaluation.feature_classifiers import encode_csr
 from saelab.functional.metrics import exact
 from saelab.functional.statistics import kappa
 from saelab.geometry.lobe_results import Lobes
-from saelab.geometry.relation_crystals import RANDOM, Crystals
+from saelab.geometry.relation_crystals import Crystals
 from saelab.sae.initialization import make_untrained
 from saelab.stores.files import write_json
 from saelab.synthetic import lexicon as lex
@@ -81,7 +81,7 @@ def list_crystals(name: str, found: Crystals) -> dict[str, dict[str, float]]:
     for score in found.scores:
         figures = {"pairs": score.contrast, "differ": found.n_differ / found.n_pairs}
         for null in ("permuted_pairs", "permuted_relations"):
-            figures[null] = float("nan" if score.space == RANDOM else np.mean(getattr(score, null)))
+            figures[null] = float(np.mean(getattr(score, null) or np.nan))
         rows[f"{name}, {score.space}"] = figures
     return rows
 

@@ -56,8 +56,8 @@ class GalaxyRow:
     d: int
     cloud: Cloud
     nulls: dict[str, tuple[Cloud, ...]]
-    """Gaussian rows of the same mean and covariance; these scaled to norm 1, as the directions are; and the directions
-    of an untrained dictionary; for each draw"""
+    """Gaussian rows of exactly the same mean and covariance; these scaled to norm 1, as the directions are; and an
+    untrained dictionary's directions; for each draw"""
 
     def excess(self, null: str = ON_SPHERE) -> float:
         """Clustering entropy above the mean of a null's, in nats; above 0 is clumps."""
@@ -151,10 +151,10 @@ def _measure(name: str, sae: SAE, n_draws: int, seed: int) -> GalaxyRow:
         )
     nulls: dict[str, list[Cloud]] = {GAUSSIAN: [], ON_SPHERE: [], UNTRAINED: []}
     mean, (variances, axes) = rows.mean(0), _find_axes(rows)
+    r = min(len(rows) - 1, rows.shape[1])
     for draw in range(n_draws):
         generator = torch.Generator().manual_seed(seed + draw)
-        drawn = torch.randn(rows.shape, generator=generator, dtype=rows.dtype)
-        drawn = mean + drawn * variances.sqrt() @ axes.T
+        drawn = mean + _draw_white(len(rows), rows.shape[1], generator) * variances[:r].sqrt() @ axes[:, :r].T
         start = exact(SAE(sae.cfg, seed=seed + draw + OTHER_SEED).directions()).cpu()[alive]
         for null, cloud in ((GAUSSIAN, drawn), (ON_SPHERE, _scale(drawn)), (UNTRAINED, _scale(start))):
             nulls[null].append(_describe(cloud))
@@ -164,6 +164,16 @@ def _measure(name: str, sae: SAE, n_draws: int, seed: int) -> GalaxyRow:
 
 def _scale(rows: Float[Tensor, "n d"]) -> Float[Tensor, "n d"]:
     return rows / rows.norm(dim=1, keepdim=True)
+
+
+def _draw_white(n: int, d: int, generator: torch.Generator) -> Float[Tensor, "n r"]:
+    """Gaussian rows whose own mean is 0 and own covariance the identity, in at most n - 1 dimensions.
+
+    Rows drawn from an estimated covariance have a steeper spectrum than the rows that it was estimated from.
+    """
+    drawn = torch.randn(n, min(n - 1, d), generator=generator, dtype=torch.float64)
+    variances, axes = _find_axes(drawn)
+    return (drawn - drawn.mean(0)) @ (axes / variances.sqrt())
 
 
 def _last_rank(rows: Float[Tensor, "n d"]) -> int:

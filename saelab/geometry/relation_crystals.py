@@ -32,10 +32,14 @@ class CrystalScore:
     """the same with second words permuted within each relation, for each draw"""
     permuted_relations: tuple[float, ...]
     """the same with relations of the pairs permuted, for each draw"""
+    draws: tuple[float, ...] = ()
+    """the contrast for each draw of random directions, where these are projected out; it has no other nulls"""
 
     @property
     def z(self) -> float:
         """Standard deviations of the contrast above that of permuted pairs; NaN where these do not vary."""
+        if len(self.permuted_pairs) < 2:
+            return math.nan
         spread = float(np.std(self.permuted_pairs))
         return (self.contrast - float(np.mean(self.permuted_pairs))) / spread if spread > 0 else math.nan
 
@@ -78,8 +82,8 @@ class Crystals(Result):
         found, known = [], {score.space: score for score in self.scores}
         for score in self.scores:
             for what in ("permuted_pairs", "permuted_relations"):
-                null = float(np.mean(getattr(score, what)))
-                if score.space != RANDOM and null >= REACHES * score.contrast:
+                draws = getattr(score, what)
+                if draws and (null := float(np.mean(draws))) >= REACHES * score.contrast:
                     found.append(f"{what.replace('_', ' ')} reach {null:.3f}, of {score.contrast:.3f} ({score.space})")
         if OUT in known:
             raw, out = known[RAW], known[OUT]
@@ -103,10 +107,9 @@ class Crystals(Result):
         )
         table = [["cosine within relations less across", "pairs", "pairs permuted", "z", "relations permuted"]]
         for score in self.scores:
-            null = "-" if score.space == RANDOM else format_spread(score.permuted_pairs)
-            other = "-" if score.space == RANDOM else format_spread(score.permuted_relations)
-            z = "-" if score.z != score.z else f"{score.z:.1f}"
-            table.append([score.space, f"{score.contrast:.3f}", null, z, other])
+            own = format_spread(score.draws or [score.contrast])
+            nulls = [format_spread(x) if x else "-" for x in (score.permuted_pairs, score.permuted_relations)]
+            table.append([score.space, own, nulls[0], "-" if score.z != score.z else f"{score.z:.1f}", nulls[1]])
         rows = [["relation", "pairs", "cosine", "permuted", OUT]]
         for row in self.relations:
             figures = (row.cosine, row.cosine_permuted, row.cosine_out)
@@ -186,7 +189,7 @@ def crystals(
         drawn = [np.linalg.qr(rng.standard_normal((x.shape[1], n_out)))[0] for _ in range(n_draws)]
         found = tuple(_contrast((d := x[second] - x[first]) - d @ q @ q.T, relation, limit) for q in drawn)
         random = CrystalScore(
-            space=RANDOM, contrast=float(np.mean(found)), permuted_pairs=found, permuted_relations=found
+            space=RANDOM, contrast=float(np.mean(found)), permuted_pairs=(), permuted_relations=(), draws=found
         )
         scores.insert(2, random)
     return Crystals(

@@ -61,7 +61,7 @@ class NormalizedVectors:
         given = weighed.astype(self.columns.dtype)  # else all columns are copied
         inside = np.asarray(self.columns @ given, np.float64) - self.means @ weighed
         back = np.asarray(self.columns.T @ inside.astype(given.dtype), np.float64)
-        return np.asarray(self.scales[:, None] * (back - np.outer(self.means, inside.sum(0))))
+        return np.asarray(self.scales[:, None] * back)  # `inside` is centered where means are not 0
 
     def blocks(self) -> Iterator[tuple[slice, Float[np.ndarray, "n m"]]]:
         """All cosines, some columns of the matrix at a time."""

@@ -40,6 +40,15 @@ def test_clumps_are_above_gaussian_rows_of_equal_covariance(draw):
     assert found.at("none").cloud.clustering == pytest.approx(found.at("none").nulls[ON_SPHERE][0].clustering, abs=1)
 
 
+def test_directions_without_structure_have_no_excess_where_rows_are_few(draw):
+    """Eight rows a dimension, as dictionaries have: the nulls have the spectrum of the rows, not a steeper one."""
+    row = sl.galaxy(sae_of(torch.randn(8 * 64, 64, generator=draw))).rows[0]
+    assert abs(row.excess()) < 1.5
+    assert row.nulls[GAUSSIAN][0].variances == pytest.approx(row.cloud.variances, rel=1e-6)
+    few = sl.galaxy(sae_of(torch.randn(40, 64, generator=draw))).rows[0]
+    assert few.nulls[GAUSSIAN][0].variances[:39] == pytest.approx(few.cloud.variances[:39], rel=1e-6)
+
+
 def test_entropy_is_that_of_a_gaussian_in_few_dimensions(draw):
     """Of 4,000 rows in two dimensions the estimate's standard error is about .02."""
     rows = torch.randn(4000, 2, generator=draw, dtype=torch.float64)

@@ -52,7 +52,13 @@ def test_two_classes_are_told_to_be_no_translation(rng):
 
 
 def test_vectors_without_relations_have_no_contrast(rng):
-    found = sl.crystals(plant(rng, "none"), PAIRS, names=NAMES)
+    x = plant(rng, "none")
+    found = sl.crystals(x, PAIRS, names=NAMES)
+    d = x[1 : 6 * N : 2] - x[: 6 * N : 2]  # names of pairs come in order
+    cosines = (d := d / np.linalg.norm(d, axis=1, keepdims=True)) @ d.T
+    same = (relation := np.repeat(np.arange(3), N))[:, None] == relation
+    others = ~np.eye(len(d), dtype=bool)
+    assert found.at(RAW).contrast == pytest.approx(cosines[same & others].mean() - cosines[~same].mean())
     assert abs(found.at(RAW).contrast) < 0.1 and abs(found.at(HELD_OUT).contrast) < 0.15
     assert found.at("LDA, fitted").contrast > found.at(HELD_OUT).contrast
     assert any("permuted relations reach" in one and "(LDA, fitted)" in one for one in found.failed)
