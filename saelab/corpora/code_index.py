@@ -44,7 +44,14 @@ class CodeIndex:
     A row's vector has the weight of a side times its magnitude for each feature that fires, or the weight alone where
     codes are binarized (`values="none"`, 2 bytes a code). Weights are log(n / rows that fire) of the idf of information
     retrieval, or 1. Codes of opposite signs count against each other. A search reads the rows of the query's features
-    and no others, so it takes the longer the denser these are.
+    and no others, so it takes the longer the denser these are. `build` and `load` make one.
+
+    Args:
+        blocks: parts of the rows, by side.
+        weights: weight of each side.
+        steps: magnitude of one of 255 steps of each side; None where magnitudes are not stored so.
+        n_features: number of features.
+        values: what is stored of a code beside its row, as in `build`.
 
     >>> from scipy.sparse import csr_matrix
     >>> index = CodeIndex.build(csr_matrix([[1.0, 0.0, 2.0], [0.0, 3.0, 0.0]]))

@@ -68,7 +68,7 @@ class ConceptEmbeddings(Result):
         """The concepts nearest by cosine to a sum of others, which are left out.
 
         Args:
-            names: concepts that are added.
+            *names: concepts that are added.
             minus: concepts that are taken away.
             n: number of concepts.
 

@@ -221,7 +221,7 @@ def plot_dissection(found: Dissection) -> "Figure":
         figure.add_trace(bar, row=1, col=column)
     figure.update_xaxes(tickformat=".0%", rangemode="tozero", row=1, col=1)
     figure.update_yaxes(autorange="reversed", automargin=True, ticksuffix=" ")
-    size = f"{count_tokens([found.n_tokens])} of {found.n_documents:,} held-out documents"
+    size = f"{count_rows([found.n_tokens])} of {found.n_documents:,} held-out documents"
     note = f"{len(found.concepts)} concepts on {size}"
     return apply_layout(figure, "Features that detect concepts", note, 120 + 28 * len(names))
 
