@@ -173,9 +173,9 @@ def add_codes(
     codes, asked = encode_csr(sae, rows), encode_csr(sae, queries)
     ways: list[tuple[str, dict[str, Any]]] = [
         ("binary", {}),
-        ("binary, no idf", {"idf": False}),
+        ("binary, idf", {"idf": True}),
         ("8 bits", {"values": "uint8"}),
-        ("8 bits, no idf", {"values": "uint8", "idf": False}),
+        ("8 bits, idf", {"values": "uint8", "idf": True}),
     ]
     for way, options in ways if not name.startswith("untrained") else ways[:1]:
         index = CodeIndex.build(codes, **options)

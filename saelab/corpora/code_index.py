@@ -42,8 +42,8 @@ class CodeIndex:
     """Sparse codes by feature, in memory, searched by cosine; `len()` is the number of rows.
 
     A row's vector has the weight of a side times its magnitude for each feature that fires, or the weight alone where
-    codes are binarized (`values="none"`, 2 bytes a code). Weights are log(n / rows that fire) of the idf of information
-    retrieval, or 1. Codes of opposite signs count against each other. A search reads the rows of the query's features
+    codes are binarized (`values="none"`, 2 bytes a code). Weights are 1, or log(n / rows that fire), the idf of information
+    retrieval. Codes of opposite signs count against each other. A search reads the rows of the query's features
     and no others, so it takes the longer the denser these are. `build` and `load` make one.
 
     Args:
@@ -78,7 +78,7 @@ class CodeIndex:
         codes: "spmatrix | FeatureStore | DocumentFeatures",
         *,
         values: StoredValues = "none",
-        idf: bool = True,
+        idf: bool = False,
     ) -> "CodeIndex":
         """The index of codes: a scipy matrix (n_rows, n_features), all rows of a store, or pooled documents.
 
@@ -88,7 +88,7 @@ class CodeIndex:
             codes: the codes; entries of 0 do not fire.
             values: what is stored of a code beside its row: "none" (2 bytes a code in all), "uint8" for its magnitude
                 in 255 steps up to the largest of its side (3 bytes), or "float16" (4 bytes).
-            idf: weight sides by how rarely they fire.
+            idf: weight sides by how rarely they fire; sentences kept fewer neighbors so.
 
         Raises:
             ValueError: no rows, codes that are not finite, or unknown `values`.
