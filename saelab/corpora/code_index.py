@@ -42,9 +42,9 @@ class CodeIndex:
     """Sparse codes by feature, in memory, searched by cosine; `len()` is the number of rows.
 
     A row's vector has the weight of a side times its magnitude for each feature that fires, or the weight alone where
-    codes are binarized (`values="none"`, 2 bytes a code). Weights are 1, or log(n / rows that fire), the idf of information
-    retrieval. Codes of opposite signs count against each other. A search reads the rows of the query's features
-    and no others, so it takes the longer the denser these are. `build` and `load` make one.
+    codes are binarized (`values="none"`, 2 bytes a code). Weights are 1, or log(n / rows that fire), the idf of
+    information retrieval. Codes of opposite signs count against each other. A search reads the rows of the query's
+    features and no others, so it takes the longer the denser these are. `build` and `load` make one.
 
     Args:
         blocks: parts of the rows, by side.
