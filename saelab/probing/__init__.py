@@ -12,6 +12,12 @@ if TYPE_CHECKING:
         RemovalScore as RemovalScore,
         erase_concept as erase_concept,
     )
+    from saelab.probing.distributed_alignment import (
+        AlignmentSearch as AlignmentSearch,
+        InterchangePair as InterchangePair,
+        InterchangeScore as InterchangeScore,
+        align as align,
+    )
     from saelab.probing.feature_ranking import Ranking as Ranking
     from saelab.probing.intrinsic_probing import (
         IntrinsicProbe as IntrinsicProbe,
