@@ -33,7 +33,7 @@ class EffectShare:
 
     @property
     def p(self) -> float:
-        """Probability of so large an effect, or a larger one, for random positions: the largest p value of the seeds."""
+        """Probability of so large an effect for random positions: the largest p value of the seeds."""
         found = []
         for effect, drawn in zip(self.effects, self.random, strict=True):
             found.append((1 + sum(abs(one) >= abs(effect) for one in drawn)) / (1 + len(drawn)))
@@ -45,9 +45,9 @@ class EffectPositions(Result):
     """Result of `locate_effect`."""
 
     limits: ClassVar[str] = (
-        "Shares need not add up to 1: groups may carry the same twice, or matter together only. The positions hold what "
-        "later layers read along this direction at this hook point; what else is there, and what was read before, is "
-        "not told."
+        "Shares need not add up to 1: groups may carry the same twice, or matter together only. They are of what later "
+        "layers read along this direction at this hook point; what else is there, and what was read before, is not "
+        "told."
     )
     """what the result cannot show"""
     metric: str
@@ -73,7 +73,9 @@ class EffectPositions(Result):
         most = max(abs(one) for drawn in self.random_directions for one in drawn)
         if min(map(abs, self.total)) > most:
             return ""
-        return f"a random subspace of rank {self.rank} changes the metric by {most:.3g}, so there is no effect to divide"
+        return (
+            f"a random subspace of rank {self.rank} changes the metric by {most:.3g}, so there is no effect to divide"
+        )
 
     def shares(self, name: str) -> tuple[float, ...]:
         """Effects of a group as shares of the total, for each seed; NaN where `reason` explains it."""
@@ -90,7 +92,9 @@ class EffectPositions(Result):
 
     def to_dict(self) -> dict[str, object]:
         """Every field, shares and what they cannot show, ready for JSON."""
-        shares = {row.name: {"share": self.shares(row.name), "random": self.random_shares(row.name)} for row in self.rows}
+        shares = {
+            row.name: {"share": self.shares(row.name), "random": self.random_shares(row.name)} for row in self.rows
+        }
         return super().to_dict() | {"shares": shares, "reason": self.reason, "limits": self.limits}
 
     def __str__(self) -> str:
@@ -128,8 +132,8 @@ def locate_effect(
 
         x' = x + P (x_other - x)        at the group's tokens only; `other` is a random token of `where`
 
-    The exchange is the same in all rows of a seed: a group takes a part of the changes that make up the total, and so do
-    as many random positions of each text. Source: the summarization motif of arXiv:2310.15154, where 36 % of a
+    The exchange is the same in all rows of a seed: a group takes a part of the changes that make up the total, and so
+    do as many random positions of each text. Source: the summarization motif of arXiv:2310.15154, where 36 % of a
     sentiment's effect passed through commas, out of 76 % through all tokens.
 
     Args:
@@ -242,4 +246,3 @@ def mark_punctuation(model: AnyModel, ids: Tensor) -> Bool[Tensor, "*shape"]:
     known = torch.unique(ids)
     strings = token_strings(model.tokenizer, known.tolist())
     return torch.isin(ids, torch.tensor([i for i in known.tolist() if is_punctuation(strings[i])], dtype=ids.dtype))
-

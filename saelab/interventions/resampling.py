@@ -128,7 +128,9 @@ class Resampling:
     def compare(self, space: Subspace, n_random: int, seed: int) -> Resampled:
         """The metric's mean over texts with a subspace resampled, and with random ones."""
         spaces = [space, *make_random_subspaces(space, n_random, seed)]
-        value, *random = [self.mean(one.hook_point, moves) for one, moves in zip(spaces, self.moves(spaces), strict=True)]
+        value, *random = [
+            self.mean(one.hook_point, moves) for one, moves in zip(spaces, self.moves(spaces), strict=True)
+        ]
         return Resampled(
             name=space.name, hook_point=space.hook_point, rank=len(space.basis), value=value, random=tuple(random)
         )

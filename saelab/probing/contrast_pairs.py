@@ -1,4 +1,4 @@
-"""`find_unsupervised_directions`: truth sought without labels in contrast pairs (CCS), with the checks that it fails."""
+"""`find_unsupervised_directions`: CCS, truth sought without labels in contrast pairs, with checks that it fails."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -15,10 +15,11 @@ from saelab.interventions.edited_runs import EditedRuns
 from saelab.interventions.prompt_metrics import Prompt, find_token, read_last, read_texts
 from saelab.lm.hooks import find_hook_point
 from saelab.lm.huggingface import AnyModel, as_model
+from saelab.lm.model_checks import Model
 from saelab.probing.linear_directions import UNSUPERVISED
 from saelab.stores.results import Result, find_row, format_spread, format_table
 
-N_RESTARTS, N_STEPS, LR, DECAY = 10, 1000, 1e-3, 1e-2
+N_RESTARTS, N_STEPS, LR, DECAY = 10, 300, 1e-2, 1e-2
 N_RANDOM = 10
 FEWEST_PAIRS = 8
 RANDOM, CCS, COMPONENT, SUPERVISED = "random", "ccs", "pca of differences", "supervised"
@@ -31,7 +32,7 @@ class ContrastScore:
 
     name: str
     accuracies: tuple[float, ...]
-    """of the label in the pairs as they are, of either sign, so at least .5; random directions show what that is worth"""
+    """of the label in the pairs as they are, of either sign, so at least .5 for any direction"""
     distracted: tuple[float, ...]
     """the same of the label, with the distractor appended, found anew there; NaN without distractors"""
     distractor: tuple[float, ...]
@@ -47,8 +48,8 @@ class UnsupervisedDirections(Result):
     warning: ClassVar[str] = UNSUPERVISED
     limits: ClassVar[str] = (
         "A loss near 0 is no evidence: any feature that a pair's two halves have opposite values of reaches it. A good "
-        "accuracy says that the label was the most prominent such feature in these pairs, not that the model knows it, or "
-        "that the direction means it elsewhere."
+        "accuracy says that the label was the most prominent such feature in these pairs, not that the model knows it, "
+        "or that the direction means it elsewhere."
     )
     """what the result cannot show"""
     hook_point: str
@@ -72,7 +73,7 @@ class UnsupervisedDirections(Result):
     def verdict(self) -> str:
         """What the checks say of CCS, beginning with those that it fails."""
         ccs, random = self[CCS], self[RANDOM]
-        failed, passed = [], []
+        failed, passed = list[str](), list[str]()
         best = float(np.quantile(random.accuracies, 0.95))
         mean = float(np.mean(ccs.accuracies))
         (passed if mean > best else failed).append(f"accuracy {mean:.3f} against random directions' 95 % {best:.3f}")
@@ -91,8 +92,8 @@ class UnsupervisedDirections(Result):
 
     def __str__(self) -> str:
         head = (
-            f"contrast pairs at {self.hook_point}: {self.n_train:,} fitted, {self.n_held:,} held out, {self.n_tokens:,} "
-            f"tokens, {len(self.seeds)} seeds; label true of the first half in {self.rate:.1%}"
+            f"contrast pairs at {self.hook_point}: {self.n_train:,} fitted, {self.n_held:,} held out, "
+            f"{self.n_tokens:,} tokens, {len(self.seeds)} seeds; label true of the first half in {self.rate:.1%}"
         )
         columns = ["", "accuracy", "loss"]
         if self.distractors:
@@ -118,15 +119,15 @@ def find_unsupervised_directions(
     n_restarts: int = N_RESTARTS,
     seeds: Sequence[int] = (0, 1, 2),
 ) -> UnsupervisedDirections:
-    """Contrast-consistent search over pairs of statements of which one is true, beside what it must beat and must not find.
+    """Contrast-consistent search over pairs of statements of which one is true, beside what it must beat.
 
-        p = sigmoid(w x + b), x of each half over its own mean and deviation        (p+ of the first halves, p- of the second)
-        loss = mean (p+ + p- - 1)^2 + min(p+, p-)^2                                 Adam, the best of `n_restarts`
+        p = sigmoid(w x + b)        of first (p+) and second (p-) halves, x over the mean and deviation of its half
+        loss = mean (p+ + p- - 1)^2 + min(p+, p-)^2        by Adam, the best of `n_restarts`
 
     Activations are those of the last tokens. The label is used to score alone, and for the row "supervised", a logistic
-    regression on the difference of the halves. The check of arXiv:2312.10029: one of two distractors, drawn at random for
-    each pair, is appended to both of its halves, and all is found anew; what finds the distractor in place of the label
-    has not looked for truth. Source of CCS: arXiv:2212.03827.
+    regression on the difference of the halves. The check of arXiv:2312.10029: one of two distractors, drawn at random
+    for each pair, is appended to both of its halves, and all is found anew; what finds the distractor in place of the
+    label has not looked for truth. Source of CCS: arXiv:2212.03827.
 
     Args:
         model: language model.
@@ -158,27 +159,41 @@ def find_unsupervised_directions(
     given = () if distractors is None else tuple(distractors)
     if len(given) not in (0, 2) or (len(given) == 2 and given[0] == given[1]):
         raise ValueError(f"`distractors` must be two different tokens, got {given}.")
-    halves = EditedRuns(model, texts, read_last).activations(
-        hook_point, lambda x, rows: x[torch.arange(len(rows)), texts.lengths[rows] - 1]
-    )
-    drawn: list[Tensor] = []
-    distracted: list[Tensor] = []
     rows = [ids[:n] for ids, n in zip(texts.ids, texts.lengths.tolist(), strict=True)]
-    tokens = [find_token(model, one) for one in given]
-    for seed in seeds if given else ():
-        which = torch.rand(len(pairs), generator=torch.Generator().manual_seed(seed)) < 0.5
-        added = torch.where(which, tokens[0], tokens[1]).repeat_interleave(2)
-        longer = read_texts(model, [torch.cat([row, one[None]]) for row, one in zip(rows, added, strict=True)])
-        x = EditedRuns(model, longer, read_last).activations(
-            hook_point, lambda x, i, longer=longer: x[torch.arange(len(i)), longer.lengths[i] - 1]
-        )
-        drawn.append(which)
-        distracted.append(x.view(len(pairs), 2, -1))
+    drawn = [_draw_marks(len(pairs), seed) for seed in seeds if given]
+    tokens = torch.tensor([find_token(model, one) for one in given], dtype=torch.long)
     found = score_contrasts(
-        halves.view(len(pairs), 2, -1), y, hook_point, distracted=distracted, drawn=drawn, train_frac=train_frac,
-        n_restarts=n_restarts, seeds=seeds,
-    )  # fmt: skip
+        _read_halves(model, rows, hook_point),
+        y,
+        hook_point,
+        distracted=[_read_halves(model, _append(rows, tokens, which), hook_point) for which in drawn],
+        drawn=drawn,
+        train_frac=train_frac,
+        n_restarts=n_restarts,
+        seeds=seeds,
+    )
     return replace(found, distractors=tuple(map(str, given)), n_tokens=int(texts.lengths.sum()))
+
+
+def _draw_marks(n: int, seed: int) -> Bool[Tensor, "n"]:
+    return torch.rand(n, generator=torch.Generator().manual_seed(seed)) < 0.5
+
+
+def _append(
+    rows: Sequence[Int[Tensor, "_"]], tokens: Int[Tensor, "2"], which: Bool[Tensor, "n_pairs"]
+) -> list[Int[Tensor, "_"]]:
+    """Both halves of each pair with its distractor behind them: the first where it is marked."""
+    added = torch.where(which, tokens[0], tokens[1]).repeat_interleave(2)
+    return [torch.cat([row, one[None]]) for row, one in zip(rows, added, strict=True)]
+
+
+def _read_halves(model: Model, rows: Sequence[Int[Tensor, "_"]], hook_point: str) -> Float[Tensor, "n_pairs 2 d_in"]:
+    """Activations of the last tokens of both halves of each pair."""
+    texts = read_texts(model, list(rows))
+    x = EditedRuns(model, texts, read_last).activations(
+        hook_point, lambda x, i: x[torch.arange(len(i)), texts.lengths[i] - 1]
+    )
+    return x.view(len(rows) // 2, 2, -1)
 
 
 def score_contrasts(
@@ -215,35 +230,19 @@ def score_contrasts(
     if distracted and not len(distracted) == len(drawn) == len(seeds):
         raise ValueError(f"Distractors must be there for each seed, got {len(distracted)} of {len(seeds)}.")
     clean = [_find(_Split.make(x, train_frac, seed), y, n_restarts, seed) for seed in seeds]
-    splits = [_Split.make(one, train_frac, seed) for one, seed in zip(distracted, seeds, strict=False)]
-    other = [_find(split, y, n_restarts, seed) for split, seed in zip(splits, seeds, strict=False)]
-    rows = []
-    for name in METHODS:
-        pairs = list(zip(splits, other, drawn, strict=True))
-        rows.append(
-            ContrastScore(
-                name=name,
-                accuracies=tuple(a for one in clean for a in one[name].score(y)),
-                distracted=tuple(a for _, one, _ in pairs for a in one[name].score(y)) or (np.nan,),
-                distractor=tuple(a for _, one, which in pairs for a in one[name].score(which)) or (np.nan,),
-                losses=tuple(one[name].loss for one in clean),
-            )
-        )
-    warning = {name: "" if name == SUPERVISED else UNSUPERVISED for name in METHODS}
+    planted = zip(distracted, drawn, seeds, strict=True) if distracted else ()
+    other = [(_find(_Split.make(one, train_frac, seed), y, n_restarts, seed), which) for one, which, seed in planted]
     n_train = int(_Split.make(x, train_frac, seeds[0]).is_train.sum())
     return UnsupervisedDirections(
         hook_point=hook_point,
-        rows=tuple(rows),
+        rows=tuple(_gather(name, y, clean, other) for name in METHODS),
         distractors=("first", "second") if distracted else (),
         rate=float(y.double().mean()),
         n_train=n_train,
         n_held=len(x) - n_train,
         n_tokens=0,
         seeds=tuple(seeds),
-        directions={
-            name: tuple(Direction(one[name].vectors[0], hook_point, name, warning=warning[name]) for one in clean)
-            for name in METHODS
-        },
+        directions={name: tuple(one[name].direction(hook_point, name) for one in clean) for name in METHODS},
     )
 
 
@@ -284,6 +283,26 @@ class _Found(NamedTuple):
         truth = y[~self.is_train]
         right = [float(((one[~self.is_train] > 0) == truth).double().mean()) for one in self.read]
         return [max(one, 1 - one) for one in right]
+
+    def direction(self, hook_point: str, name: str) -> Direction:
+        """The first of the directions, with the warning where no label was used."""
+        return Direction(self.vectors[0], hook_point, name, warning="" if name == SUPERVISED else UNSUPERVISED)
+
+
+def _gather(
+    name: str,
+    y: Bool[Tensor, "n_pairs"],
+    clean: Sequence[dict[str, "_Found"]],
+    other: Sequence[tuple[dict[str, "_Found"], Bool[Tensor, "n_pairs"]]],
+) -> ContrastScore:
+    """The row of a method, of all seeds."""
+    return ContrastScore(
+        name=name,
+        accuracies=tuple(a for one in clean for a in one[name].score(y)),
+        distracted=tuple(a for one, _ in other for a in one[name].score(y)) or (np.nan,),
+        distractor=tuple(a for one, which in other for a in one[name].score(which)) or (np.nan,),
+        losses=tuple(one[name].loss for one in clean),
+    )
 
 
 def _find(split: _Split, y: Bool[Tensor, "n_pairs"], n_restarts: int, seed: int) -> dict[str, _Found]:

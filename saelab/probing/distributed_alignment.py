@@ -30,7 +30,7 @@ InterchangePair: TypeAlias = Counterfactual | tuple[Prompt, Prompt, str | int, s
 """Two prompts, and the answer to each: what the next token is"""
 N_RANDOM = 8
 CLIP = 1.0
-NOTHING = 1e-3  # of the answers' logits: no difference to exchange
+CLEAR = 2  # standard errors that the prompts' logit differences must be apart
 FEWEST_PAIRS = 4
 RANDOM, SHUFFLED, MEANS, PROBE, COMPONENTS, DIFFERENCES, SEARCH, WHOLE = (
     "random", "search, answers shuffled", "means", "probe", "pca", "pca of differences", "search", "whole activation",
@@ -57,9 +57,9 @@ class AlignmentSearch(Result):
     """Result of `align`; rows in the order in which they are printed, nulls first."""
 
     limits: ClassVar[str] = (
-        "A subspace that exchanges answers need not be where the model keeps them: a search can find a direction that the "
-        "model hardly uses and drive what it reads through it (arXiv:2311.17030), for which a variance below 1 is a "
-        "warning. Other positions, layers and kinds of prompts are not told."
+        "A subspace that exchanges answers need not be where the model keeps them: a search can find a direction that "
+        "the model hardly uses and drive what it reads through it (arXiv:2311.17030), for which a variance below 1 is "
+        "a warning. Other positions, layers and kinds of prompts are not told."
     )
     """what the result cannot show"""
     hook_point: str
@@ -96,8 +96,8 @@ class AlignmentSearch(Result):
     def __str__(self) -> str:
         head = (
             f"interchange at {self.hook_point}, {self.position}, rank {self.rank}: {self.n_train:,} pairs fitted, "
-            f"{self.n_held:,} held out, {self.n_tokens:,} tokens, {len(self.seeds)} seeds; without it the answer is right "
-            f"in {self.correct:.1%}, by {self.base:.3g} logits"
+            f"{self.n_held:,} held out, {self.n_tokens:,} tokens, {len(self.seeds)} seeds; without it the answer is "
+            f"right in {self.correct:.1%}, by {self.base:.3g} logits"
         )
         table = [["", "rank", "interchange accuracy", "score", "variance"]]
         for row in self.rows:
@@ -155,11 +155,11 @@ def align(
         progress: show a progress bar.
 
     Raises:
-        ValueError: for fewer than 4 different pairs, positions outside of prompts, pairs of equal answers, and a rank
-            that does not fit.
+        ValueError: for fewer than 4 different pairs, positions outside of prompts, pairs of equal answers, a model
+            that does not tell the prompts of pairs apart by their answers, and a rank that does not fit.
 
     >>> model = sl.lm.tiny_model()
-    >>> pairs = [(f"{a} sees Ann", f"{a} sees Tom", "A", "T") for a in ("I", "He", "She", "It", "Who", "One")]
+    >>> pairs = [(f"{a} sees Ann", f"{a} sees Tom", "R", "^") for a in ("I", "He", "She", "It", "Who", "One")]
     >>> found = align(model, pairs, "blocks.2.hook_resid_post", seeds=[0], n_epochs=1, progress=False)
     >>> found["whole activation"].scores, [row.name for row in found.rows][:2]
     ((1.0,), ['random', 'search, answers shuffled'])
@@ -172,7 +172,8 @@ def align(
         raise ValueError(f"`rank` must be in 1..{d_in - 1}, got {rank}.")
     if not seeds or n_epochs < 1 or not 0 < train_frac < 1:
         raise ValueError(
-            f"A search needs a seed, an epoch, and `train_frac` between 0 and 1, got {len(seeds)}, {n_epochs}, {train_frac}."
+            f"A search needs a seed, an epoch, and `train_frac` between 0 and 1, got {len(seeds)}, {n_epochs}, "
+            f"{train_frac}."
         )
     how = _How(rank, n_epochs, lr, batch_size)
     with tqdm(total=2 * n_epochs * len(seeds), unit="epoch", desc="align", delay=2, disable=hidden(progress)) as bar:
@@ -255,8 +256,12 @@ class _Pairs:
         runs = EditedRuns(model, texts, _Difference(answers))
         x = runs.activations(hook_point, lambda x, rows: x[torch.arange(len(rows)), places[rows]])
         before = runs.run().double()
-        if before.mean().abs() <= NOTHING * before.abs().mean():
-            raise ValueError("Answers must differ between the prompts of pairs, but their mean logits do not.")
+        gaps = -before.view(-1, 2).sum(1)  # of the difference, between the two prompts of each pair
+        if not gaps.mean() > CLEAR * gaps.std() / len(gaps) ** 0.5:
+            raise ValueError(
+                f"The model must prefer a prompt's own answer to the other's, got a difference of {gaps.mean():.3g} "
+                f"logits between prompts, deviation {gaps.std():.3g}, in {len(gaps)} pairs."
+            )
         given = list(map(_label, pairs, answers.view(-1, 2).tolist())) if labels is None else list(labels)
         if len(given) != len(pairs):
             raise ValueError(f"`labels` must be two for each of {len(pairs)} pairs, got {len(given)}.")
@@ -292,7 +297,9 @@ class _Pairs:
             change[torch.arange(len(x)), self.places[rows[i]]] = moves[i].to(x)
             return x + change
 
-        known = nullcontext() if self.below is None or self.output is None else self.below.passed_over(self.output[rows])
+        known = (
+            nullcontext() if self.below is None or self.output is None else self.below.passed_over(self.output[rows])
+        )
         with known:
             return self.runs.run({self.hook_point: edit}, rows, grad=grad)
 
@@ -360,7 +367,9 @@ def _find_places(texts: Texts, positions: int | Sequence[tuple[int, int]]) -> In
         if len(given) != len(texts):
             raise ValueError(f"`positions` must be one number, or two for each of {len(texts) // 2} pairs.")
     if ((given >= texts.lengths) | (given < -texts.lengths)).any():
-        raise ValueError(f"`positions` must lie inside of prompts, of which the shortest has {int(texts.lengths.min())}.")
+        raise ValueError(
+            f"`positions` must lie inside of prompts, of which the shortest has {int(texts.lengths.min())}."
+        )
     return torch.where(given < 0, given + texts.lengths, given)
 
 

@@ -52,7 +52,8 @@ def fit_direction(
         kmeans   difference of two centroids (10 starts, drawn by `seed`)
 
     For "pca" and "kmeans" the label sets the sign alone: mean(x | y) lies further along the direction than mean(x | not
-    y), as for all methods; their `warning` says so. `peak` is the largest |x . v| of the data. Source: arXiv:2310.15154.
+    y), as for all methods; their `warning` says so. `peak` is the largest |x . v| of the data. Source:
+    arXiv:2310.15154.
 
     Args:
         x: (n, d_in) activations.
