@@ -73,14 +73,16 @@ def plot_concepts(found: ConceptGeometry) -> "Figure":
 
     figure = make_subplots(1, 2, horizontal_spacing=0.04, shared_yaxes=True, subplot_titles=list(SPACES.values()))
     names = [escape_plotly(name, 24) for name in found.names]
+    ticks = {"tickvals": list(range(len(names))), "ticktext": names, "automargin": True, "showgrid": False}
     for column, space in enumerate(SPACES, 1):
+        pairs = [[f"{a}, {b}" for b in names] for a in names]
         figure.add_heatmap(
-            z=found.cosines[space], x=names, y=names, zmin=-1, zmax=1, colorscale=OPPOSED, xgap=1, ygap=1,
-            hovertemplate="%{y}, %{x}: %{z:.3f}<extra></extra>", showscale=column == 2, colorbar={"thickness": 12},
-            row=1, col=column,
+            z=found.cosines[space], x=ticks["tickvals"], y=ticks["tickvals"], hovertext=pairs, zmin=-1, zmax=1,
+            colorscale=OPPOSED, xgap=1, ygap=1, hovertemplate="%{hovertext}: %{z:.3f}<extra></extra>",
+            showscale=column == 2, colorbar={"thickness": 12}, row=1, col=column,
         )  # fmt: skip
-    figure.update_yaxes(autorange="reversed", automargin=True, showgrid=False)
-    figure.update_xaxes(tickangle=-60, automargin=True, showgrid=False)
+    figure.update_yaxes(autorange="reversed", zeroline=False, **ticks)
+    figure.update_xaxes(tickangle=-60, zeroline=False, **ticks)
     drawn = ", ".join(
         f"{space} {found.between(space):.3f} (random {np.mean(found.random_cosines[space]):.3f})" for space in SPACES
     )

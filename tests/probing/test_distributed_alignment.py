@@ -61,7 +61,7 @@ def test_subspaces_are_orthonormal_and_of_the_rank(found):
 
 
 def test_a_search_of_one_line_ends_between_it_and_what_reads_it(tiny):
-    """Along v the exchange moves logits by (v . line)(v . w): most between the line and w, and more than the line does."""
+    """Along v the exchange moves logits by (v . line)(v . w): most between the line and w, more than along the line."""
     read = _Pairs.read(tiny, PAIRS, LAST, -1, None)
     apart = (read.x[::2] - read.x[1::2]).mean(0)
     line = apart / apart.norm()

@@ -12,6 +12,7 @@ import saelab as sl
 from saelab.lm.unembedding import read_out
 from saelab.probing.unembedding_geometry import CausalInnerProduct, causal_inner_product, compare_concepts
 from saelab.visualization.linear_concept_plots import plot_concepts
+from saelab.visualization.pictures import draw_picture
 
 CASE = [(chr(i), chr(i).upper()) for i in range(ord("a"), ord("k"))]
 DIGITS = [(str(i), str(i + 1)) for i in range(0, 8, 2)]
@@ -113,7 +114,8 @@ def test_results_are_saved_and_drawn(tiny, tmp_path):
     found.save(tmp_path / "found.json")
     kept = json.loads((tmp_path / "found.json").read_text())
     assert kept["limits"] and set(kept["between"]) == {"causal", "euclidean", "embedding"}
-    assert len(plot_concepts(found).data) == 2 and "<b>" not in str(plot_concepts(found).data[0].x)
+    figure = plot_concepts(found)
+    assert len(figure.data) == 2 and figure.layout.xaxis.ticktext[0] == "&lt;b&gt;" and draw_picture(figure)
     assert str(found).split("\n")[2].startswith("random concepts")
 
 
