@@ -55,7 +55,7 @@ if TYPE_CHECKING:
         CausalInnerProduct as CausalInnerProduct,
         ConceptDirection as ConceptDirection,
         ConceptGeometry as ConceptGeometry,
-        TokenPairs as TokenPairs,
+        ConceptPairs as ConceptPairs,
         causal_inner_product as causal_inner_product,
         compare_concepts as compare_concepts,
     )

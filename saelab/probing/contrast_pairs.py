@@ -229,10 +229,12 @@ def score_contrasts(
         )
     if distracted and not len(distracted) == len(drawn) == len(seeds):
         raise ValueError(f"Distractors must be there for each seed, got {len(distracted)} of {len(seeds)}.")
-    clean = [_find(_Split.make(x, train_frac, seed), y, n_restarts, seed) for seed in seeds]
+    clean = [_find(_ContrastSplit.make(x, train_frac, seed), y, n_restarts, seed) for seed in seeds]
     planted = zip(distracted, drawn, seeds, strict=True) if distracted else ()
-    other = [(_find(_Split.make(one, train_frac, seed), y, n_restarts, seed), which) for one, which, seed in planted]
-    n_train = int(_Split.make(x, train_frac, seeds[0]).is_train.sum())
+    other = [
+        (_find(_ContrastSplit.make(one, train_frac, seed), y, n_restarts, seed), which) for one, which, seed in planted
+    ]
+    n_train = int(_ContrastSplit.make(x, train_frac, seeds[0]).is_train.sum())
     return UnsupervisedDirections(
         hook_point=hook_point,
         rows=tuple(_gather(name, y, clean, other) for name in METHODS),
@@ -247,7 +249,7 @@ def score_contrasts(
 
 
 @dataclass(frozen=True, eq=False)
-class _Split:
+class _ContrastSplit:
     """Normalized halves of pairs, and which are fitted to."""
 
     halves: Float[Tensor, "n_pairs 2 d_in"]
@@ -255,7 +257,7 @@ class _Split:
     is_train: Bool[Tensor, "n_pairs"]
 
     @classmethod
-    def make(cls, x: Float[Tensor, "n_pairs 2 d_in"], train_frac: float, seed: int) -> "_Split":
+    def make(cls, x: Float[Tensor, "n_pairs 2 d_in"], train_frac: float, seed: int) -> "_ContrastSplit":
         order = torch.from_numpy(np.random.default_rng(seed).permutation(len(x)))
         is_train = torch.zeros(len(x), dtype=torch.bool)
         is_train[order[: min(max(2, round(train_frac * len(x))), len(x) - 1)]] = True
@@ -270,7 +272,7 @@ class _Split:
         return self.halves[:, 0] - self.halves[:, 1]
 
 
-class _Found(NamedTuple):
+class _ContrastFit(NamedTuple):
     """Directions of one method, what they read of all pairs, and the held-out loss."""
 
     vectors: Float[Tensor, "n d_in"]
@@ -292,8 +294,8 @@ class _Found(NamedTuple):
 def _gather(
     name: str,
     y: Bool[Tensor, "n_pairs"],
-    clean: Sequence[dict[str, "_Found"]],
-    other: Sequence[tuple[dict[str, "_Found"], Bool[Tensor, "n_pairs"]]],
+    clean: Sequence[dict[str, "_ContrastFit"]],
+    other: Sequence[tuple[dict[str, "_ContrastFit"], Bool[Tensor, "n_pairs"]]],
 ) -> ContrastScore:
     """The row of a method, of all seeds."""
     return ContrastScore(
@@ -305,7 +307,7 @@ def _gather(
     )
 
 
-def _find(split: _Split, y: Bool[Tensor, "n_pairs"], n_restarts: int, seed: int) -> dict[str, _Found]:
+def _find(split: _ContrastSplit, y: Bool[Tensor, "n_pairs"], n_restarts: int, seed: int) -> dict[str, _ContrastFit]:
     train, held = y[split.is_train], y[~split.is_train]
     if not (train.any() and not train.all() and held.any() and not held.all()):
         raise ValueError("`labels` must be true and false of some pairs on both sides of the split; give more pairs.")
@@ -318,9 +320,9 @@ def _find(split: _Split, y: Bool[Tensor, "n_pairs"], n_restarts: int, seed: int)
     probe = torch.from_numpy(fit_balanced_probe(apart[is_train].numpy(), train.numpy())).float()[None]
     middle = apart[is_train].mean(0)
     plain = {RANDOM: random, COMPONENT: component, SUPERVISED: probe}
-    found = {name: _Found(v, v @ (apart - middle).T, is_train, np.nan) for name, v in plain.items()}
+    found = {name: _ContrastFit(v, v @ (apart - middle).T, is_train, np.nan) for name, v in plain.items()}
     loss = float(ccs_loss(p[~is_train]))
-    return found | {CCS: _Found(w[None], (0.5 * (p[:, 0] + 1 - p[:, 1]) - 0.5)[None], is_train, loss)}
+    return found | {CCS: _ContrastFit(w[None], (0.5 * (p[:, 0] + 1 - p[:, 1]) - 0.5)[None], is_train, loss)}
 
 
 def ccs_loss(p: Float[Tensor, "*starts n_pairs 2"]) -> Float[Tensor, "*starts"]:

@@ -19,7 +19,7 @@ from saelab.lm.unembedding import Unembedding
 from saelab.probing.linear_directions import SMALLEST
 from saelab.stores.results import Result, find_row, format_spread, format_table
 
-TokenPairs: TypeAlias = Sequence[tuple[str | int, str | int]]
+ConceptPairs: TypeAlias = Sequence[tuple[str | int, str | int]]
 """Pairs of tokens that differ in a concept alone, such as ("he", "she")"""
 FEWEST_PAIRS = 2
 EMBEDDED = "hook_embed"
@@ -157,13 +157,13 @@ class ConceptGeometry(Result):
 
 def compare_concepts(
     model: AnyModel,
-    concepts: Mapping[str, TokenPairs],
+    concepts: Mapping[str, ConceptPairs],
     *,
     independent: Sequence[tuple[str, str]] | None = None,
     n_random: int = 20,
     seed: int = 0,
 ) -> ConceptGeometry:
-    """Directions of concepts in embedding and unembedding: do pairs agree, and are independent concepts orthogonal?
+    """Directions of concepts in embedding and unembedding, how well pairs agree on them, and their cosines.
 
     A concept's direction is the mean of the differences of its pairs, in the unembedding with the final norm's weight
     folded in and in the token embedding. Cosines are those of the causal and of the plain inner product. The null is
@@ -212,7 +212,7 @@ def compare_concepts(
     )
 
 
-def _read_pairs(model: Model, name: str, pairs: TokenPairs) -> Int[Tensor, "n_pairs 2"]:
+def _read_pairs(model: Model, name: str, pairs: ConceptPairs) -> Int[Tensor, "n_pairs 2"]:
     found = torch.tensor([[find_token(model, one) for one in pair] for pair in pairs], dtype=torch.long)
     if len(found) < FEWEST_PAIRS or (found[:, 0] == found[:, 1]).any():
         raise ValueError(f"'{name}' must have {FEWEST_PAIRS} pairs of different tokens, got {list(pairs)[:5]}.")

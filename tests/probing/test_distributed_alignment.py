@@ -48,6 +48,7 @@ def test_what_the_last_block_hands_on_is_the_answer(found):
 
 def test_the_search_beats_what_was_not_fitted_to_the_exchange(found):
     assert np.mean(found["search"].scores) > np.mean(found["random"].scores) + 0.2
+    assert found.n_train == found.n_held == 5
     assert len(found["random"].scores) == 16 and len(found["search"].scores) == 2
     assert [row.name for row in found.rows][:2] == ["random", "search, answers shuffled"]
 
