@@ -110,7 +110,7 @@ class Galaxy(Result):
 def _cells(clouds: Sequence[Cloud]) -> list[str]:
     cells = []
     for name, digits in (("slope", 3), ("r2_power", 3), ("r2_exponential", 3), ("clustering", 1)):
-        cells.append(format_spread([getattr(one, name) for one in clouds], digits))
+        cells.append(format_spread([getattr(one, name) for one in clouds], f".{digits}f"))
     return cells
 
 

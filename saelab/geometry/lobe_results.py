@@ -147,7 +147,7 @@ HEAD = (
 
 def _cells(score: LobeScore) -> list[str]:
     told = [
-        f"{score.contrast:+.4f}", f"{score.contrast_z:.1f}", format_spread(score.contrast_z_random, 1),
+        f"{score.contrast:+.4f}", f"{score.contrast_z:.1f}", format_spread(score.contrast_z_random, ".1f"),
         f"{score.ami:.3f}", f"{score.ami_z:.1f}", format_spread(score.ami_random), f"{score.ami_halves:.3f}",
         f"{score.ami_starts:.3f}", f"{score.accuracy:.3f}", f"{score.accuracy_random:.3f}", f"{score.largest:.0%}",
     ]  # fmt: skip

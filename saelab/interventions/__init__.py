@@ -18,6 +18,12 @@ if TYPE_CHECKING:
         concept_vector as concept_vector,
     )
     from saelab.interventions.directions import Direction as Direction, Subspace as Subspace, make_random as make_random
+    from saelab.interventions.effect_positions import (
+        EffectPositions as EffectPositions,
+        EffectShare as EffectShare,
+        locate_effect as locate_effect,
+        mark_punctuation as mark_punctuation,
+    )
     from saelab.interventions.interventions import (
         ActivationCondition as ActivationCondition,
         CodeSign as CodeSign,

@@ -1,7 +1,7 @@
 """`Direction` and `Subspace`: a unit vector at a hook point, or the span of several, to steer, project and ablate."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from jaxtyping import Float
@@ -27,6 +27,8 @@ class Direction:
     name: str = "direction"
     peak: float | None = None
     """largest |z| on data: strengths of unit "max" are multiples of it"""
+    warning: str = ""
+    """what speaks against reading the direction by its name, as for one that was found without labels"""
 
     def __post_init__(self) -> None:
         norm = float(self.vector.detach().norm())
@@ -54,7 +56,7 @@ class Direction:
         return 1.0
 
     def __neg__(self) -> "Direction":
-        return Direction(-self.vector, self.hook_point, f"-{self.name}", self.peak)
+        return replace(self, vector=-self.vector, name=f"-{self.name}")
 
 
 def make_random(like: Direction, seed: int = 0) -> Direction:

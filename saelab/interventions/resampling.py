@@ -97,50 +97,64 @@ def resample_ablation(
         raise ValueError(f"`n_random` must be at least {FEWEST}, got {n_random}.")
     outcome = make_prompt_metric(model, metric)
     runs = EditedRuns(model, read_texts(model, prompts), outcome)
-    keep = runs.texts.select(model, where)
-    if (n_tokens := int(keep.sum())) < 2:
-        raise ValueError(f"`where` must leave at least two tokens to resample from, got {n_tokens}.")
+    resampling = Resampling.draw(runs, where, seed)
     several = [directions] if isinstance(directions, Direction | Subspace) else list(directions)
-    order = torch.randperm(n_tokens, generator=torch.Generator().manual_seed(seed))
-    resampling = _Resampling(runs, keep, order)
     return ResampleAblation(
         metric=outcome.name,
-        clean=_mean(runs.run()),
+        clean=mean_of(runs.run()),
         rows=tuple(resampling.compare(as_subspace(one), n_random, seed) for one in several),
         n_texts=len(runs.texts),
-        n_tokens=n_tokens,
+        n_tokens=len(resampling.order),
         seed=seed,
     )
 
 
 @dataclass(frozen=True, eq=False)
-class _Resampling:
+class Resampling:
     """Tokens whose components are exchanged, in the order in which they are."""
 
     runs: EditedRuns
     keep: Bool[Tensor, "n_texts n"]
     order: Int[Tensor, "n_tokens"]
 
+    @classmethod
+    def draw(cls, runs: EditedRuns, where: TokenSelection, seed: int) -> "Resampling":
+        """The tokens of a place, and an order drawn by `seed`; ValueError for fewer than two."""
+        keep = runs.texts.select(runs.model, where)
+        if (n_tokens := int(keep.sum())) < 2:
+            raise ValueError(f"`where` must leave at least two tokens to resample from, got {n_tokens}.")
+        return cls(runs, keep, torch.randperm(n_tokens, generator=torch.Generator().manual_seed(seed)))
+
     def compare(self, space: Subspace, n_random: int, seed: int) -> Resampled:
         """The metric's mean over texts with a subspace resampled, and with random ones."""
-        x = self.runs.activations(space.hook_point, lambda x, rows: x[self.keep[rows].to(x.device)])
         spaces = [space, *make_random_subspaces(space, n_random, seed)]
-        value, *random = [self._mean(one.hook_point, one.project(x[self.order] - x)) for one in spaces]
+        value, *random = [
+            self.mean(one.hook_point, moves) for one, moves in zip(spaces, self.moves(spaces), strict=True)
+        ]
         return Resampled(
             name=space.name, hook_point=space.hook_point, rank=len(space.basis), value=value, random=tuple(random)
         )
 
-    def _mean(self, hook_point: str, moves: Float[Tensor, "n_tokens d_in"]) -> float:
-        """The metric's mean with `moves` added at the selected tokens."""
+    def moves(self, spaces: Sequence[Subspace]) -> list[Float[Tensor, "n_tokens d_in"]]:
+        """What each token's exchange adds to it, for subspaces of one hook point."""
+        x = self.runs.activations(spaces[0].hook_point, lambda x, rows: x[self.keep[rows].to(x.device)])
+        return [space.project(x[self.order] - x) for space in spaces]
+
+    def mean(
+        self, hook_point: str, moves: Float[Tensor, "n_tokens d_in"], only: Bool[Tensor, "n_tokens"] | None = None
+    ) -> float:
+        """The metric's mean over texts with `moves` added at the tokens kept, or at some of these."""
         numbers = self.keep.flatten().cumsum(0).view_as(self.keep) - 1
+        added = moves if only is None else moves * only[:, None].to(moves)
 
         def add(x: Tensor, rows: Tensor) -> Tensor:
             keep = self.keep[rows]
-            x[keep.to(x.device)] += moves[numbers[rows][keep]].to(x)
+            x[keep.to(x.device)] += added[numbers[rows][keep]].to(x)
             return x
 
-        return _mean(self.runs.run({hook_point: add}))
+        return mean_of(self.runs.run({hook_point: add}))
 
 
-def _mean(values: Float[Tensor, "n_texts"]) -> float:
+def mean_of(values: Float[Tensor, "n_texts"]) -> float:
+    """The mean over texts, summed in float64."""
     return float(values.double().mean())

@@ -6,6 +6,7 @@ modify a copy of the tokenizer only. Strings include tokens that are parts of a 
 
 import copy
 import re
+import unicodedata
 from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
 from functools import cache
@@ -155,6 +156,21 @@ def token_strings(tokenizer: Any, token_ids: Iterable[int]) -> dict[int, str]:
         if isinstance(piece, str) and BYTE.fullmatch(piece) and _find_named(tokenizer, _spellings(named[i])) - {i}:
             named[i] = piece
     return named
+
+
+def is_blank(token: str) -> bool:
+    """Whether a token is empty or consists of separators, control and formatting characters."""
+    return all(unicodedata.category(char)[0] in "ZC" for char in token)
+
+
+def is_punctuation(token: str) -> bool:
+    """Whether what is visible of a token is punctuation, mathematical and currency signs included, emoji not.
+
+    >>> [is_punctuation(token) for token in (" .", "<s>", "", "\u201c")]
+    [True, False, False, True]
+    """
+    visible = [kind for char in token if (kind := unicodedata.category(char))[0] not in "ZC"]
+    return bool(visible) and all(kind[0] == "P" or kind in ("Sm", "Sc", "Sk") for kind in visible)
 
 
 def spell(tokenizer: Any, token_ids: Sequence[int]) -> Spelling:

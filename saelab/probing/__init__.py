@@ -17,6 +17,18 @@ if TYPE_CHECKING:
         RemovalScore as RemovalScore,
         erase_concept as erase_concept,
     )
+    from saelab.probing.contrast_pairs import (
+        ContrastScore as ContrastScore,
+        UnsupervisedDirections as UnsupervisedDirections,
+        find_unsupervised_directions as find_unsupervised_directions,
+        score_contrasts as score_contrasts,
+    )
+    from saelab.probing.distributed_alignment import (
+        AlignmentSearch as AlignmentSearch,
+        InterchangePair as InterchangePair,
+        InterchangeScore as InterchangeScore,
+        align as align,
+    )
     from saelab.probing.feature_ranking import Ranking as Ranking
     from saelab.probing.intrinsic_probing import (
         IntrinsicProbe as IntrinsicProbe,
@@ -43,6 +55,14 @@ if TYPE_CHECKING:
         Correlations as Correlations,
         best_subset as best_subset,
         grow_subsets as grow_subsets,
+    )
+    from saelab.probing.unembedding_geometry import (
+        CausalInnerProduct as CausalInnerProduct,
+        ConceptDirection as ConceptDirection,
+        ConceptGeometry as ConceptGeometry,
+        ConceptPairs as ConceptPairs,
+        causal_inner_product as causal_inner_product,
+        compare_concepts as compare_concepts,
     )
 
 __getattr__, __dir__, __all__ = attach(__name__)

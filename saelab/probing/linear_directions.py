@@ -27,6 +27,11 @@ Edit: TypeAlias = Callable[[Tensor], Tensor]
 To = Literal["usual", "zero"]
 """What codes along an erased direction become: their usual value where the label is false, or zero"""
 NEAREST = 10
+UNSUPERVISED = (
+    "found without labels: what varies most, or agrees best with itself, need not be what it is named after. Hold it "
+    "against labels, random directions and planted distractors (arXiv:2312.10029)."
+)
+"""the warning that every direction found without labels carries"""
 SMALLEST = 1e-6  # of the largest variance: what is below is no direction of the data
 
 
@@ -47,7 +52,8 @@ def fit_direction(
         kmeans   difference of two centroids (10 starts, drawn by `seed`)
 
     For "pca" and "kmeans" the label sets the sign alone: mean(x | y) lies further along the direction than mean(x | not
-    y), as for all methods. `peak` is the largest |x . v| of the data. Source: arXiv:2310.15154.
+    y), as for all methods; their `warning` says so. `peak` is the largest |x . v| of the data. Source:
+    arXiv:2310.15154.
 
     Args:
         x: (n, d_in) activations.
@@ -77,7 +83,8 @@ def fit_direction(
     vector = {"means": _subtract_means, "probe": _fit_weights, "pca": _find_component, "kmeans": _split_in_two}[method](
         x, y, seed
     )
-    direction = Direction(vector if vector @ apart >= 0 else -vector, hook_point, name or method)
+    warning = UNSUPERVISED if method in ("pca", "kmeans") else ""
+    direction = Direction(vector if vector @ apart >= 0 else -vector, hook_point, name or method, warning=warning)
     return replace(direction, peak=float((x @ direction.vector).abs().max()))
 
 

@@ -83,14 +83,17 @@ def format_table(rows: Sequence[Sequence[str]], left: Collection[int] = (0,)) ->
     ]
 
 
-def format_spread(draws: Sequence[float], digits: int = 3) -> str:
-    """The mean of some draws, with the smallest and the largest in brackets where there are several.
+def format_spread(values: Sequence[float] | np.ndarray, style: str = ".3f") -> str:
+    """The mean of the values that are finite, and the smallest and largest where there are several.
 
-    >>> format_spread([1.0, 3.0], 1), format_spread([0.5], 2)
-    ('2.0 (1.0..3.0)', '0.50')
+    >>> format_spread([1.0, 3.0], ".1f"), format_spread([1.0], "+.1f"), format_spread([float("nan")])
+    ('2.0 (1.0..3.0)', '+1.0', 'nan')
     """
-    mean = f"{np.mean(draws):.{digits}f}"
-    return f"{mean} ({min(draws):.{digits}f}..{max(draws):.{digits}f})" if len(draws) > 1 else mean
+    known = [float(value) for value in values if np.isfinite(value)]
+    if not known:
+        return "nan"
+    shown, *ends = [format(value, style) for value in (sum(known) / len(known), min(known), max(known))]
+    return f"{shown} ({'..'.join(ends)})" if len(known) > 1 else shown
 
 
 def find_row(rows: Sequence[T], **values: object) -> T:

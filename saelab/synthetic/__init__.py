@@ -13,5 +13,6 @@ if TYPE_CHECKING:
     )
     from saelab.synthetic.retelling import retell_stories as retell_stories
     from saelab.synthetic.tales import Stories as Stories, generate_stories as generate_stories
+    from saelab.synthetic.tasks import Counterfactual as Counterfactual, counterfactuals as counterfactuals
 
 __getattr__, __dir__, __all__ = attach(__name__)

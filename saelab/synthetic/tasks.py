@@ -1,48 +1,55 @@
 """Prompts with a determined next word, in counterfactual pairs, for patching, probing and steering."""
 
 import random
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from jaxtyping import Int32
 from torch import Tensor, tensor
 
 from saelab.synthetic.grammar import NAMES, Tale
-from saelab.synthetic.lexicon import HEROES, TOWNS
+from saelab.synthetic.lexicon import HEROES, MOODS, PRONOUNS, TOWNS
 from saelab.synthetic.vocabulary import BOS, VOCABULARY
 
-TaskName = Literal["names", "facts"]
+TaskName = Literal["names", "facts", "mood", "gender"]
 NAME_EDITS = ("receiver", "giver", "order", "roles")
+LONGEST = 80
+"""most words of a prompt of the tasks "mood" and "gender\""""
 
 
 @dataclass(frozen=True, eq=False)
 class Counterfactual:
-    """Two prompts that differ in one random choice, and the next token that each determines."""
+    """Two prompts that differ in one random choice, and the next token of each."""
 
     prompt: Int32[Tensor, "n"]
     """token ids, BOS first"""
     other_prompt: Int32[Tensor, "n"]
     answer: int
-    """the token id that `prompt` determines"""
+    """the token id that follows `prompt`"""
     other_answer: int
-    """the token id that `other_prompt` determines"""
+    """the token id that follows `other_prompt`"""
     differ_at: tuple[int, ...]
     """positions at which the prompts differ"""
+    poles: tuple[str, str] | None = None
+    """"glad" or "sad", "girl" or "boy", of the prompt and of the other; None for other tasks"""
 
 
 def counterfactuals(task: TaskName, n: int, seed: int = 0) -> list[Counterfactual]:
-    """Pairs of prompts that differ in one random choice and determine different next tokens.
+    """Pairs of prompts that differ in one random choice, and in the next token.
 
     "names": two people meet, one gives something, and the next word is the other's name; the pairs differ in the giver.
     "facts": a town is named or described, and the next word is its people, language, weather, food or name; the pairs
-    differ in the town.
+    differ in the town. "mood": a word has told a mood, glad or sad, and the next word has it too. "gender": the story
+    is of a girl or a boy, who has another name, and the next word is a pronoun. Of "names" and "facts" the prompt
+    determines the next token; of the others it determines which of two the next token may be, but not that it is one.
 
     >>> pair = counterfactuals("names", 1)[0]
     >>> len(pair.differ_at), pair.answer == pair.other_answer
     (1, False)
     """
-    return [_make_pair(task, f"{seed}/{task}/{i}") for i in range(n)]
+    make = _make_pole_pair if task in ("mood", "gender") else _make_pair
+    return [make(task, f"{seed}/{task}/{i}") for i in range(n)]
 
 
 def _make_pair(task: TaskName, seed: str) -> Counterfactual:
@@ -52,7 +59,38 @@ def _make_pair(task: TaskName, seed: str) -> Counterfactual:
         two = random.Random(seed + "/towns").sample(list(TOWNS), 2)
         draws = ({"special": "town", "town": two[0]}, {"special": "town", "town": two[1]})
     tales = [Tale(random.Random(seed), forced).generate() for forced in draws]
-    end = _last_forced(tales[0], "receiver" if task == "names" else "fact")
+    return _cut_pair(tales, _last_forced(tales[0], "receiver" if task == "names" else "fact"))
+
+
+def _make_pole_pair(task: TaskName, seed: str) -> Counterfactual:
+    """The first story of a seed, and its opposite, that have the pole again within reach."""
+    for again in range(1000):
+        rng = random.Random(f"{seed}/{again}")
+        draws = [{"mood": mood} for mood in MOODS] if task == "mood" else _draw_genders(rng)
+        rng.shuffle(draws)
+        tales = [Tale(random.Random(f"{seed}/{again}/story"), forced).generate() for forced in draws]
+        pairs = list(enumerate(zip(*(tale.words[: LONGEST + 1] for tale in tales), strict=False)))
+        differ = [i for i, (word, other) in pairs if word != other]
+        if task == "gender":
+            pronouns = {word for words in PRONOUNS.values() for word in words.values()}
+            told = [i for i in differ if tales[0].words[i].lower() in pronouns]
+        else:
+            told = differ[1:2]
+        if told:
+            poles = str(draws[0][task]), str(draws[1][task])
+            return replace(_cut_pair(tales, rng.choice(told)), poles=poles)
+    raise AssertionError(f"no story of a thousand has the {task} twice")
+
+
+def _draw_genders(rng: random.Random) -> list[dict[str, object]]:
+    friend = rng.choice(list(NAMES))
+    return [
+        {"gender": gender, "hero": rng.choice([name for name in names if name != friend]), "friend": friend}
+        for gender, names in HEROES.items()
+    ]
+
+
+def _cut_pair(tales: Sequence[Tale], end: int) -> Counterfactual:
     (ids, answer), (other_ids, other_answer) = (_cut(tale, end) for tale in tales)
     differ = (ids != other_ids).nonzero().squeeze(1).tolist()
     return Counterfactual(ids, other_ids, answer, other_answer, tuple(differ))

@@ -21,7 +21,7 @@ from saelab.lm.tokenizers import token_strings
 from saelab.lm.tokens import Tokens
 from saelab.stores.activations import Activations
 from saelab.stores.corpus import split_documents
-from saelab.stores.results import Result, format_table
+from saelab.stores.results import Result, format_spread, format_table
 from saelab.universality.paired_spaces import CHANNELS, AnchorChoice, Anchors, Channel, choose_anchors
 from saelab.universality.space_maps import MapMethod, SpaceMap, SpaceRows, fit_map, read_pairs
 
@@ -92,7 +92,7 @@ class StitchTable(Result):
         for name, row in self.figures.items():
             values = [np.array(one) for one in row.values()]
             values = values if split else [_mean_of(np.stack(values))]
-            table.append([name, *map(_format_spread, values), self.reasons.get(name, "")])
+            table.append([name, *map(format_spread, values), self.reasons.get(name, "")])
         return "\n".join([*lines, *format_table(table, left=(0, len(head) + 1))])
 
     def __str__(self) -> str:
@@ -103,13 +103,6 @@ def _mean_of(values: Float[np.ndarray, "n_columns n_seeds"]) -> Float[np.ndarray
     """Means over columns that are not NaN."""
     known = np.isfinite(values)
     return np.where(known.any(0), np.where(known, values, 0).sum(0) / np.maximum(known.sum(0), 1), np.nan)
-
-
-def _format_spread(values: Float[np.ndarray, "n_seeds"]) -> str:
-    known = values[np.isfinite(values)]
-    if len(known) == 0:
-        return "nan"
-    return f"{known.mean():.3f}" + (f" ({known.min():.3f}..{known.max():.3f})" if len(known) > 1 else "")
 
 
 def tabulate(

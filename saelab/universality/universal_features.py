@@ -6,7 +6,6 @@ each feature recurs.
 """
 
 import re
-import unicodedata
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import combinations
@@ -19,6 +18,7 @@ from saelab.analysis.top_tokens import weigh_words
 from saelab.labels.encoders import EmbeddingFunction
 from saelab.labels.label import join_texts
 from saelab.labels.label_store import LabelStore
+from saelab.lm.tokenizers import is_blank, is_punctuation
 from saelab.sae.sae import SAE
 from saelab.stores.feature_store import FeatureStore
 from saelab.stores.jobs import hidden
@@ -84,8 +84,8 @@ def filter_token_pairs(tops_a: Tops, tops_b: Tops, *, special: Iterable[str] = (
     tests: dict[str, Callable[[Sequence[str], Sequence[str]], bool]] = {
         "nothing shared": lambda a, b: not set(map(_fold, a)) & set(map(_fold, b)),
         "special": lambda a, b: any(token in named or _is_special(token) for token in (*a, *b)),
-        "blank": lambda a, b: any(map(_is_blank, (*a, *b))),
-        "punctuation": lambda a, b: any(map(_is_punctuation, (*a, *b))),
+        "blank": lambda a, b: any(map(is_blank, (*a, *b))),
+        "punctuation": lambda a, b: any(map(is_punctuation, (*a, *b))),
     }
     removed = dict.fromkeys(tests, 0)
     keep = np.ones(len(tops_a), bool)
@@ -169,16 +169,6 @@ def _fold(token: str) -> str:
 
 def _is_special(token: str) -> bool:
     return SPECIAL.fullmatch(token.strip()) is not None
-
-
-def _is_blank(token: str) -> bool:
-    """Whether a token is empty or consists of separators, control and formatting characters."""
-    return all(unicodedata.category(char)[0] in "ZC" for char in token)
-
-
-def _is_punctuation(token: str) -> bool:
-    visible = [kind for char in token if (kind := unicodedata.category(char))[0] not in "ZC"]
-    return bool(visible) and all(kind[0] == "P" or kind in ("Sm", "Sc", "Sk") for kind in visible)
 
 
 def matched_decoder_rows(

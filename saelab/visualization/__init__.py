@@ -32,6 +32,12 @@ if TYPE_CHECKING:
         plot_lens_scores as plot_lens_scores,
         plot_word_geometry as plot_word_geometry,
     )
+    from saelab.visualization.linear_concept_plots import (
+        plot_alignment as plot_alignment,
+        plot_concepts as plot_concepts,
+        plot_contrasts as plot_contrasts,
+        plot_effect_positions as plot_effect_positions,
+    )
     from saelab.visualization.pictures import draw_picture as draw_picture, with_picture as with_picture
     from saelab.visualization.reports import Report as Report, report as report
     from saelab.visualization.training_plots import (

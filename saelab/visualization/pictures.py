@@ -168,7 +168,9 @@ class _Picture:
             if kind == "bar":
                 bars.setdefault(place, []).append((trace, color, legend))
             elif kind == "heatmap":
-                self._add_colorbar(panel, draw_heatmap(panel, trace), trace.get("colorbar", {}))
+                scaled = draw_heatmap(panel, trace)
+                if trace.get("showscale", True):
+                    self._add_colorbar(panel, scaled, trace.get("colorbar", {}))
             elif (scaled := draw_scatter(panel, trace, color, legend)) is not None:
                 self._add_colorbar(panel, scaled, trace.get("marker", {}).get("colorbar", {}))
         for place, traces in bars.items():

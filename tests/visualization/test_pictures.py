@@ -97,6 +97,15 @@ def test_cells_and_notes_of_a_heat_map_have_their_places() -> None:
     assert np.median(rows) > 0.6 and np.median(columns) > 0.6  # in an empty cell
 
 
+@NEEDS
+def test_a_heat_map_without_a_scale_has_no_bar() -> None:
+    cells = {"type": "heatmap", "z": [[-1, 1]], "zmin": -1, "zmax": 1, "colorscale": [[0, BLUE], [1, RED]]}
+    ends = [
+        find(see({"data": [{**cells, "showscale": shown}], "layout": {}}), BLUE)[1].max() for shown in (True, False)
+    ]
+    assert ends[1] < 0.6 < 0.9 < ends[0]
+
+
 def pixels_of_bar() -> int:
     return 120  # of the color bar at the right, which has all colors
 
