@@ -77,7 +77,7 @@ def verify_hooks(model: AnyModel, ids: Int[Tensor, "batch ctx_len"] | None = Non
         )
     home = hook_points_of(model)
     ids = home.probe if ids is None else to_model(model, ids)
-    names = _find_residuals(home)
+    names = find_residuals(home)
     truth = _find_truth(home, ids, names)
     captured = _distances(capture(model, ids, names), truth)
     bridge = (0.0,) * len(names)
@@ -92,13 +92,13 @@ def verify_hooks(model: AnyModel, ids: Int[Tensor, "batch ctx_len"] | None = Non
     )
 
 
-def _find_residuals(home: HookPoints) -> list[str]:
-    """Hook points of the input of each block, and of the output of the last."""
+def find_residuals(home: HookPoints) -> list[str]:
+    """Hook points of the input of each block, and of the output of the last; ValueError for a model without `blocks`."""
     names = list(takewhile(lambda name: name in home.points, (f"blocks.{i}.hook_in" for i in count())))
     if not names:
         raise ValueError(
-            "`verify_hooks` needs a model whose layers are `blocks`, got one without 'blocks.0.hook_in'. Compare "
-            "single hook points of `capture` instead."
+            "A model's layers must be `blocks` to be found by themselves, got one without 'blocks.0.hook_in'. Name hook "
+            "points, or read single ones with `capture`."
         )
     return [*names, f"blocks.{len(names) - 1}.hook_out"]
 
