@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -76,12 +77,18 @@ def cut_prompts(tokens: Tokens, length: int, n_prompts: int, rng: np.random.Gene
     """Up to `n_prompts` prompts of one document each and of `length` tokens, drawn at random, in the order of the text.
 
     A prompt is the beginning of what a row has of a document. ValueError where no row has so many of one.
+
+    Args:
+        tokens: the text.
+        length: tokens of a prompt.
+        n_prompts: most prompts.
+        rng: draws them.
     """
     found: list[tuple[int, int]] = []
     longest = 0
     for row, documents in enumerate(tokens.doc_ids.numpy()):
         bounds = [*find_runs(documents).tolist(), len(documents)]
-        for start, stop in zip(bounds, bounds[1:], strict=False):
+        for start, stop in pairwise(bounds):
             if documents[start] != PADDING:
                 longest = max(longest, stop - start)
                 if stop - start >= length:
@@ -112,7 +119,14 @@ def _find_kept(reader: ActivationReader, prompts: Tokens) -> Bool[Tensor, "n_pro
 
 
 def replace_some(prompts: Tokens, reader: ActivationReader, share: float, rng: np.random.Generator) -> Tokens:
-    """The same prompts with a share of the kept tokens replaced by kept ones of any prompt."""
+    """The same prompts with a share of the kept tokens replaced by kept ones of any prompt.
+
+    Args:
+        prompts: a prompt a row.
+        reader: its mask keeps tokens.
+        share: probability that a token is replaced.
+        rng: source of the replacements.
+    """
     ids, keep = prompts.ids.clone(), _find_kept(reader, prompts)
     known = ids[keep].numpy()
     changed = keep & torch.from_numpy(rng.random(ids.shape) < share)
@@ -249,7 +263,7 @@ def measure_group(
 
 def _of_prompts(measure: Callable[[Tensor], float], x: Tensor, group: PromptGroup) -> Float[np.ndarray, "n_prompts"]:
     bounds = group.starts.tolist()
-    return np.array([measure(x[start:stop]) for start, stop in zip(bounds, bounds[1:], strict=False)])
+    return np.array([measure(x[start:stop]) for start, stop in pairwise(bounds)])
 
 
 def _mean(values: Float[np.ndarray, "n"]) -> float:

@@ -1,4 +1,4 @@
-"""`layer_profile`: entropy, curvature, rank, dimension and anisotropy of each layer, beside shuffled tokens and chance."""
+"""`layer_profile`: entropy, curvature, rank, dimension, anisotropy of each layer, beside shuffled tokens and chance."""
 
 import math
 from collections import Counter
@@ -151,8 +151,8 @@ class LayerProfile(Result):
 
     def __str__(self) -> str:
         lines = [
-            f"{self.model} on {self.source}: {self.n_prompts:,} prompts of {self.length} tokens, {self.n_tokens:,} kept, "
-            f"of {self.n_documents:,} documents, in {self.n_groups} groups; seed {self.seed}",
+            f"{self.model} on {self.source}: {self.n_prompts:,} prompts of {self.length} tokens, {self.n_tokens:,} "
+            f"kept, of {self.n_documents:,} documents, in {self.n_groups} groups; seed {self.seed}",
             f"loss {self.loss.mean():.3f} nats (sd of groups {self.loss.std(ddof=1):.3f}), shuffled "
             f"{self.loss_shuffled.mean():.3f}",
             *self._tell_untold(),
@@ -260,16 +260,16 @@ def layer_profile(
     model = as_model(model)
     if n_groups < 3 or n_views < 2 or not 0 < noise <= 1 or n_neighbors < 1 or not 0 < fdr < 1 or length < 4:
         raise ValueError(
-            "`n_groups` must be at least 3, `n_views` 2, `n_neighbors` 1 and `length` 4, `noise` in (0, 1] and `fdr` in "
-            f"(0, 1), got {n_groups}, {n_views}, {n_neighbors}, {length}, {noise} and {fdr}."
+            "`n_groups` must be at least 3, `n_views` 2, `n_neighbors` 1 and `length` 4, `noise` in (0, 1] and `fdr` "
+            f"in (0, 1), got {n_groups}, {n_views}, {n_neighbors}, {length}, {noise} and {fdr}."
         )
     names = tuple(hook_points or find_residuals(hook_points_of(model)))
     rng = np.random.default_rng(seed)
     prompts = cut_prompts(tokens, length, n_prompts, rng)
     if len(prompts) < FEWEST * n_groups:
         raise ValueError(
-            f"`tokens` must hold {FEWEST} prompts for each of {n_groups} groups, got {len(prompts)} of {length} tokens. "
-            "Give more text, or take fewer groups or a smaller `length`."
+            f"`tokens` must hold {FEWEST} prompts for each of {n_groups} groups, got {len(prompts)} of {length} "
+            "tokens. Give more text, or take fewer groups or a smaller `length`."
         )
     n_seq = forward_size(prompts, batch_size, MOST_TOKENS)
     reader = ActivationReader.make(model, prompts, names, mask, torch.float32).calibrated(prompts, n_seq)

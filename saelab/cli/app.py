@@ -18,6 +18,7 @@ from saelab.cli.exporting import export_features, upload_features
 from saelab.cli.features import harvest_text, show_dead, show_features, write_report
 from saelab.cli.info import show_info
 from saelab.cli.labeling import VERBS as LABEL_VERBS, label_features, open_book
+from saelab.cli.layers import profile_layers, show_lens
 from saelab.cli.monitoring import monitor_texts
 from saelab.cli.planning import plan_run
 from saelab.cli.reading import read_texts
@@ -71,6 +72,8 @@ VERBS: dict[str, Callable[..., None]] = {
     "steer-curve": draw_curve,
     "monitor": monitor_texts,
     "trace": trace_prompt,
+    "layers": profile_layers,
+    "lens": show_lens,
     "releases": show_releases,
     "export": export_features,
     "upload": upload_features,

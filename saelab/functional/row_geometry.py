@@ -157,7 +157,7 @@ def lidar(x: Float[Tensor, "n_classes n_views d"], ridge: float = RIDGE) -> floa
     between, within = means - means.mean(0), (rows - means[:, None]).flatten(0, 1)
     # Outside of what the rows span, S_b is 0: both are taken within it, which is small where d is large.
     span = torch.linalg.svd(torch.cat([between, within]), full_matrices=False)
-    basis = span.Vh[span.S > span.S.max().clamp(min=1e-300) * 1e-10]
+    basis = span.Vh[span.S / span.S.max().clamp(min=1e-300) > 1e-10]
     between, within = between @ basis.T, within @ basis.T
     noise = within.T @ within / (n_classes * (n_views - 1))
     values, axes = torch.linalg.eigh(noise)
@@ -177,7 +177,9 @@ def permute_columns(x: Float[Tensor, "n d"], rng: "np.random.Generator") -> Floa
     mean = rows.mean(0)
     parts = torch.linalg.svd(rows - mean, full_matrices=False)
     order: Any = rng.permuted(np.tile(np.arange(len(rows)), (parts.U.shape[1], 1)), axis=1).T
-    return mean + parts.U.gather(0, torch.from_numpy(np.ascontiguousarray(order))) * parts.S @ parts.Vh
+    moved: Tensor = parts.U.gather(0, torch.from_numpy(np.ascontiguousarray(order)))
+    made: Tensor = mean + moved * parts.S @ parts.Vh
+    return made
 
 
 def draw_rotation(d: int, rng: "np.random.Generator") -> Float[Tensor, "d d"]:
@@ -188,13 +190,14 @@ def draw_rotation(d: int, rng: "np.random.Generator") -> Float[Tensor, "d d"]:
     True
     """
     q, r = torch.linalg.qr(torch.from_numpy(rng.standard_normal((d, d))))
-    return q * r.diagonal().sign()
+    turned: Tensor = q * r.diagonal().sign()
+    return turned
 
 
 def _distances(x: Float[Tensor, "n d"]) -> Float[Tensor, "n n"]:
     """Distances of every two rows, 0 for those that are one row, and infinite of a row from itself."""
     rows = exact(x)
     rows = rows - rows.mean(0)  # of squares that nearly cancel a product in float64 leaves distances of 1e-8
-    found = torch.cdist(rows, rows, compute_mode="use_mm_for_euclid_dist")
+    found: Tensor = torch.cdist(rows, rows, compute_mode="use_mm_for_euclid_dist")
     found[found <= SAME * exact(x).norm(dim=1).max()] = 0
     return found.fill_diagonal_(math.inf)

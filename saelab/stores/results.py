@@ -15,7 +15,7 @@ T = TypeVar("T")
 _drawings: dict[type, Callable[[Any], str]] = {}
 DRAWN_IN = tuple(
     f"saelab.visualization.{name}"
-    for name in ("feature_cards", "graph_page", "intervention_plots", "universality_plots")
+    for name in ("feature_cards", "graph_page", "intervention_plots", "layer_plots", "universality_plots")
 )
 """modules that register drawings, by name: they are on a higher floor, and imported when something is first drawn"""
 

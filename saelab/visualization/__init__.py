@@ -20,6 +20,11 @@ if TYPE_CHECKING:
         show_curve as show_curve,
         show_generations as show_generations,
     )
+    from saelab.visualization.layer_plots import (
+        plot_layer_profile as plot_layer_profile,
+        plot_lens as plot_lens,
+        plot_lens_scores as plot_lens_scores,
+    )
     from saelab.visualization.pictures import draw_picture as draw_picture, with_picture as with_picture
     from saelab.visualization.reports import Report as Report, report as report
     from saelab.visualization.training_plots import (
