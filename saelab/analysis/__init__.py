@@ -64,5 +64,10 @@ if TYPE_CHECKING:
         TunedLens as TunedLens,
         fit_lens as fit_lens,
     )
+    from saelab.analysis.word_vectors import (
+        WordGeometry as WordGeometry,
+        WordScore as WordScore,
+        word_geometry as word_geometry,
+    )
 
 __getattr__, __dir__, __all__ = attach(__name__)

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
         plot_layer_profile as plot_layer_profile,
         plot_lens as plot_lens,
         plot_lens_scores as plot_lens_scores,
+        plot_word_geometry as plot_word_geometry,
     )
     from saelab.visualization.pictures import draw_picture as draw_picture, with_picture as with_picture
     from saelab.visualization.reports import Report as Report, report as report

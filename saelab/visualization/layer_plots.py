@@ -9,6 +9,7 @@ import numpy as np
 from saelab.analysis.layer_profiles import LayerMeasure, LayerProfile
 from saelab.analysis.token_lens import TokenLens
 from saelab.analysis.tuned_lens import READERS, LensScores, TunedLens
+from saelab.analysis.word_vectors import WordGeometry
 from saelab.stores.results import register_drawing
 from saelab.visualization.feature_cards import show_text
 from saelab.visualization.html import (
@@ -95,6 +96,40 @@ def _draw_measure(one: LayerMeasure, is_first: bool) -> "list[Scatter]":
             )
         )
     return lines
+
+
+def plot_word_geometry(found: WordGeometry, measures: Sequence[str] | None = None) -> "Figure":
+    """A panel for each measure of words: its value by layer, and where 95 % of permuted words would be.
+
+    x: layers, or blocks where it is of attention; y: the measure. `measures` are names, None is all.
+    """
+    from plotly.graph_objects import Scatter
+    from plotly.subplots import make_subplots
+
+    names = list(dict.fromkeys(row.measure for row in found.rows)) if measures is None else list(measures)
+    n_rows = math.ceil(len(names) / N_COLUMNS)
+    gaps = {"horizontal_spacing": 0.08, "vertical_spacing": 0.3 / n_rows}
+    titles = [name.replace("_", " ") for name in names]
+    figure = make_subplots(n_rows, N_COLUMNS, subplot_titles=titles, **gaps)
+    for i, name in enumerate(names):
+        place = {"row": i // N_COLUMNS + 1, "col": i % N_COLUMNS + 1}
+        rows = [row for row in found.rows if row.measure == name]
+        x = list(range(len(rows)))
+        value = Scatter(x=x, y=[row.value for row in rows], mode="lines+markers", name="text", line={"color": OWN},
+                        showlegend=i == 0, legendgroup="text")  # fmt: skip
+        reach = [1.96 * row.chance_std for row in rows]
+        null = Scatter(x=x, y=[row.chance for row in rows], error_y={"type": "data", "array": reach}, mode="markers",
+                       name="words permuted, 95 %", marker={"color": OTHER, "size": 4}, showlegend=i == 0,
+                       legendgroup="null")  # fmt: skip
+        figure.add_trace(value, **place)
+        figure.add_trace(null, **place)
+    figure.update_xaxes(dtick=1)
+    figure.update_layout(legend={"orientation": "h", "y": 1.0 + 0.2 / n_rows, "yanchor": "bottom"})
+    note = (
+        f"{found.model}, {found.source}: {found.n_words:,} words, {found.n_in_topics:,} in {len(found.topics)} topics, "
+        f"{found.n_tokens:,} tokens, {found.n_permutations} permutations, seed {found.seed}; x: layers"
+    )
+    return apply_layout(figure, "Words in each layer", note, 190 * n_rows + 30)
 
 
 def plot_lens(found: TokenLens) -> "Figure":
