@@ -23,6 +23,7 @@ import torch
 from processes import COMMANDS
 
 import saelab as sl
+from saelab.analysis import TunedLens
 from saelab.cli.app import dispatch
 from saelab.labels.label_store import LabelStore
 
@@ -376,6 +377,10 @@ def cases() -> list[Case]:
         Case("steer-curve", [*curve, *quiet], ("sae-0", "store-0"), read=told_file("out.html")),
         Case("trace", ["trace", "tiny", "sae-0", "One", "--allow-missing", "--out", "out.json", *quiet], ("sae-0",),
              read=told_file("out.json")),
+        Case("layers", ["layers", "tiny", text, "--length", "8", "--n-groups", "3", "--n-prompts", "9",
+                        "--n-views", "2", "--out", "out.json", *quiet], (text,), read=told_file("out.json")),
+        Case("lens", ["lens", "tiny", "One", "--fit", text, "--tuned", "out", "--n-steps", "1", *quiet], (text,),
+             read=lambda: TunedLens.from_pretrained("out").b.tolist()),
     ]  # fmt: skip
     for form in ("saelens", "sparsify", "dictionary_learning"):
         words = ["convert", "sae-0", "out", "--format", form]
