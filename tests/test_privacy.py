@@ -336,6 +336,17 @@ def test_other_kinds_of_weights(world: World, sae: sl.SAE, transcoder: sl.SAE, a
     world.check(out, 10)
 
 
+def test_lenses_and_profiles_of_layers(world: World) -> None:
+    out = world.out / "of-layers"
+    lens = sl.analysis.fit_lens(world.model, world.tokens, n_steps=1, progress=False)
+    lens.save_pretrained(out / "lens")
+    sl.analysis.lens(world.model, "The cat sees", lens).save(out / "words.json")
+    profile = sl.analysis.layer_profile(world.model, world.tokens, length=8, n_groups=3, n_prompts=9, progress=False)
+    profile.save(out / "profile.json")
+    sl.analysis.word_geometry(world.model, world.tokens, progress=False).save(out / "geometry.json")
+    world.check(out, 5)
+
+
 def test_documents_and_corpora(world: World, store: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out = world.out / "documents"
     texts = world.project / "documents.txt"

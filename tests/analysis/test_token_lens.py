@@ -1,6 +1,7 @@
 """Words read from layers: the last layer's are the model's own, numbers are naive ones, and text is escaped."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -69,7 +70,17 @@ def test_it_prints_its_null_first_and_escapes_what_it_draws(tiny, tmp_path) -> N
     lines = str(found).split("\n")
     assert lines[1].startswith("no nearer to the model's prediction") and "need not use" in lines[-1]
     drawn = found._repr_html_()
-    assert "<b>" not in drawn and "&lt;" in drawn and drawn.count("<td") >= 4 * len(found.tokens)
+    assert "<b>" not in drawn and drawn.count("<td") >= 4 * len(found.tokens)
+    bad = '<script>"$x$'
+    words = tuple(tuple((bad,) * 5 for _ in found.tokens) for _ in found.hook_points)
+    names = (bad,) * len(found.hook_points)
+    hostile = replace(found, tokens=(bad,) * len(found.tokens), words=words, model=bad, hook_points=names)
+    drawn = hostile._repr_html_()
+    assert "<script" not in drawn and 'title="&#x27;&lt;script&gt;' in drawn
+    figure = sl.visualization.plot_lens(hostile)
+    shown = [one.text for one in figure.layout.annotations] + [figure.layout.title.text, *figure.layout.yaxis.ticktext]
+    shown += [text for row in figure.data[0].hovertext for text in row] + list(figure.layout.xaxis.ticktext)
+    assert len(shown) > 200 and not [text for text in shown if "<script" in text or "$" in text]
     found.save(tmp_path / "lens.json")
     assert (tmp_path / "lens.json").read_text().count("hook_in") == 3
     one = lens(tiny, torch.tensor([7]))

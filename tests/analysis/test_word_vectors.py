@@ -118,6 +118,21 @@ def test_planted_topics_and_gains_are_told_and_their_absence_is_not(strength: fl
         assert rows[name].p == 1 / 200 if strength else rows[name].p > 1 / 200
 
 
+def test_a_gain_that_frequency_alone_makes_is_taken_out() -> None:
+    rng = np.random.default_rng(3)
+    n = 400
+    counts = rng.integers(5, 5000, n)
+    rare = np.log(5001) - np.log(counts)
+    directions = rng.normal(size=(n, 12))
+    directions /= np.linalg.norm(directions, axis=1, keepdims=True)
+    vectors = directions * np.sqrt(rare + 0.1)[:, None]
+    words = _Words(np.arange(n), counts, {"layer": vectors}, rare + 0.2 * rng.normal(size=n), 1000)
+    measures = _measures(vectors, words, np.full(n, -1), has_topics=False)
+    order = np.arange(n)
+    # six standard errors of a correlation of 0
+    assert measures["gain"](order) > 0.8 and abs(measures["gain_partial"](order)) < 6 / n**0.5
+
+
 def test_whitened_rows_are_white_and_what_is_left_is_uncorrelated() -> None:
     words, _ = make(strength=0.0)  # all directions alike, of which the ridge is 0.001
     rows, weights = words.vectors["layer"], words.counts / words.counts.sum()
