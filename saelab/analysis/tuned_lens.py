@@ -239,7 +239,7 @@ def fit_lens(
     width = model.cfg.d_model
     if wrong := {name: d for name, d in reader.widths(train).items() if d != width}:
         raise ValueError(f"`hook_points` must be as wide as the residual stream ({width}), got {wrong}.")
-    fit = _Fit(reader, last, names, torch.Generator().manual_seed(seed))
+    fit = _LensFit(reader, last, names, torch.Generator().manual_seed(seed))
     fit.run(train, n_seq, n_steps, lr, progress)
     scores = _score(fit, train, test, n_seq, n_bootstrap, seed)
     origin = reader.origins(train, reader.count_rows(train), {}, seed)[names[0]]
@@ -260,7 +260,7 @@ def _split(tokens: Tokens) -> tuple[Tokens, Tokens]:
     return train, rest[fresh]
 
 
-class _Fit:
+class _LensFit:
     """Maps in training, of activations whose mean and scale are taken out."""
 
     def __init__(
@@ -326,7 +326,7 @@ class _Fit:
 
 
 @torch.no_grad()
-def _score(fit: _Fit, train: Tokens, test: Tokens, n_seq: int, n_bootstrap: int, seed: int) -> LensScores:
+def _score(fit: _LensFit, train: Tokens, test: Tokens, n_seq: int, n_bootstrap: int, seed: int) -> LensScores:
     """Scores by layer and reader, over the kept tokens of the held-out text."""
     reader, last, names = fit.reader, fit.last, fit.names
     mean = torch.zeros(())

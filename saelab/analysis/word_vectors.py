@@ -185,7 +185,7 @@ def word_geometry(
     if topics is not None:
         patterns, n_attended, reason = _read_attention(model, tokens, mask)
         for layer, counts in patterns.items():
-            attended = _Attended.of(counts, words.ids, topic)
+            attended = _TopicAttention.of(counts, words.ids, topic)
             rows.append(_test(layer, "attention", attended.ratio, len(words.ids), n_permutations, rng))
     return WordGeometry(
         model=describe_model(model).name,
@@ -343,7 +343,7 @@ def _test(layer: str, measure: str, of: Permuted, n: int, n_permutations: int, r
 
 
 @dataclass(frozen=True, eq=False)
-class _Attended:
+class _TopicAttention:
     """Attention of words to words: its sum and the number of pairs of occurrences, of those in a topic."""
 
     mass: Float[np.ndarray, "n n"]
@@ -355,7 +355,7 @@ class _Attended:
     @classmethod
     def of(
         cls, counts: tuple[np.ndarray, np.ndarray, np.ndarray], ids: Int[np.ndarray, "m"], topic: Int[np.ndarray, "m"]
-    ) -> "_Attended":
+    ) -> "_TopicAttention":
         query, key, mass = counts
         inside = np.flatnonzero(topic >= 0)
         places = np.full(int(max(ids.max(), query.max(initial=0), key.max(initial=0))) + 1, -1)
