@@ -130,8 +130,8 @@ def galaxy(saes: SAE | Mapping[str, SAE], *, n_draws: int = 3, seed: int = 0) ->
         ValueError: fewer than 18 dimensions or 18 live directions, or no draws.
 
     >>> found = galaxy(sl.SAE(sl.SAEConfig(d_in=32, d_sae=200), seed=0))
-    >>> [round(abs(one.slope), 1) for one in (found.rows[0].cloud, found.rows[0].nulls["untrained"][0])]
-    [0.5, 0.5]
+    >>> abs(found.rows[0].cloud.slope - found.rows[0].nulls["untrained"][0].slope) < 0.1
+    True
     """
     named = {"": saes} if isinstance(saes, SAE) else dict(saes)
     if not named or n_draws < 1:

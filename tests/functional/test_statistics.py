@@ -29,7 +29,7 @@ from saelab.functional.statistics import (
     rank_correlation,
 )
 
-HOMES = ("functional/statistics.py",)
+HOMES = ("functional/statistics.py", "geometry/group_agreement.py")  # the latter of several classes
 ONCE = {"auroc", "balanced_accuracy", "choose_threshold", "correlation", "f1", "fit_probe", "kappa",
         "pearson", "rank_correlation", "spearman"}  # fmt: skip
 FROM_LIBRARIES = {"LBFGS", "LogisticRegression", "pearsonr", "roc_auc_score", "roc_curve", "spearmanr"}

@@ -176,6 +176,9 @@ CALLS: dict[str, Callable] = {
     "steer_randomly": lambda at, **how: enter(
         sl.interventions.steer_randomly(at.model, [sl.Intervention(at.sae, {3: 1.0}, **how)])
     ),
+    "converse": lambda at, **how: sl.steering.converse(
+        at.model, "One", [sl.Intervention(at.sae, {3: 1.0}, **how)], n_tokens=1
+    ),
     "compare_generations": lambda at, **how: sl.steering.compare_generations(
         at.model, sl.Intervention(at.sae, {3: 1.0}, **how), "One", 2, **QUIET
     ),
