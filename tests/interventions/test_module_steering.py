@@ -147,3 +147,14 @@ def test_what_cannot_be_steered_is_refused(layer) -> None:
     ):
         with unchecked(), pytest.raises(ValueError, match=message), sl.steer_module(layer, vector, **how):
             pass
+
+
+def test_float64_is_not_rounded_and_what_is_no_tensor_of_floats_is_refused(layer) -> None:
+    x, v = draw(2, 3, D).double() / 3, draw(D, seed=1)
+    with sl.steer_module(layer.double(), v, 0.5):
+        assert torch.equal(layer(x), x + 0.5 * v.double())
+    with pytest.raises(TypeError, match=r"torch\.int64"), sl.steer_module(nn.Flatten(0, 0), v) as module:
+        module(torch.ones(2, D, dtype=torch.long))
+    for wrong in (v.numpy(), v.tolist()):
+        with pytest.raises(TypeError, match="`vector` must be a tensor"), unchecked(), sl.steer_module(layer, wrong):
+            pass
