@@ -152,8 +152,8 @@ class _LabelSplit:
             )
         if given.doc_ids is not None and not np.array_equal(given.doc_ids, text.ids):
             raise ValueError(
-                f"`labels` must be of the codes' documents, in ascending order, got {given.doc_ids[:5].tolist()}... for "
-                f"{text.ids[:5].tolist()}..."
+                f"`labels` must be of the codes' documents, in ascending order, got {given.doc_ids[:5].tolist()}... "
+                f"for {text.ids[:5].tolist()}..."
             )
         is_train = choose_documents(text.ids, train_frac, seed)
         train = np.random.default_rng(seed).permutation(np.flatnonzero(is_train))

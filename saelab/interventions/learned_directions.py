@@ -141,7 +141,8 @@ def learn_direction(
 
     Raises:
         ValueError: fewer than four texts or a blank one, a target that does not fit, numbers out of range, a loss that
-            does not depend on the module, and for an SAE of another width, model or hook point (unless `allow_mismatch`).
+            does not depend on the module, and for an SAE of another width, model or hook point (unless
+            `allow_mismatch`).
 
     >>> texts = ["a dog ran", "the dog sat", "my dog ate", "one dog"]
     >>> found = sl.learn_direction(sl.lm.tiny_model(), texts, at="blocks.0.hook_out", n_steps=3, progress=False)

@@ -127,8 +127,8 @@ def monitor(
         vector = trait.vector()
         if len(vector) != here.shape[1] or not np.isfinite(vector).all() or not vector.any():
             raise ValueError(
-                f"A trait must have a vector that is finite, not zero and of the model's width, {here.shape[1]}, got one "
-                f"of width {len(vector)} and norm {np.linalg.norm(vector):.3g} for '{trait.name}'."
+                f"A trait must have a vector that is finite, not zero and of the model's width, {here.shape[1]}, got "
+                f"one of width {len(vector)} and norm {np.linalg.norm(vector):.3g} for '{trait.name}'."
             )
         levels[trait.name] = trait.level(here)
         by_chance[trait.name] = _level_exchanged(trait, here, n_exchanges, seed)
