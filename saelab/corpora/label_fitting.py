@@ -55,6 +55,7 @@ def label_documents(labels: LabelsLike, doc_ids: Shaped[Any, "n_tokens"] | None 
     )
 
 
+@torch.inference_mode(False)  # it learns, whatever the caller's mode
 def label_head(
     codes: Coded,
     labels: LabelsLike,

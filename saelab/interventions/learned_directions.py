@@ -88,6 +88,7 @@ class LearnedDirection(Result):
         return "\n".join([head, *format_table(table)])
 
 
+@torch.inference_mode(False)  # it learns, whatever the caller's mode; gradients are on as well
 def learn_direction(
     model: Any,
     texts: Sequence[str],

@@ -159,3 +159,14 @@ def test_settings_that_no_head_can_have_are_refused(planted) -> None:
     acts[7, 1] = torch.inf
     with pytest.raises(ValueError, match="`acts` must have a finite row"):
         sl.label_head(codes, labels, DOCUMENTS, acts=acts, reads="activations", baselines=False, n_epochs=1)
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_it_learns_in_a_caller_s_mode_without_gradients(planted, mode) -> None:
+    codes, labels, _ = planted
+    with mode():
+        acts = torch.ones(len(codes), 3)
+        given = {"acts": acts, "reads": "activations", "n_epochs": 1, "baselines": False}
+        found = sl.label_head(codes, labels, DOCUMENTS, **given)
+        assert not torch.is_grad_enabled()
+    assert torch.equal(found.A, sl.label_head(codes, labels, DOCUMENTS, **given).A)

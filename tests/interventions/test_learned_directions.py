@@ -159,3 +159,14 @@ def test_texts_and_targets_without_a_loss_are_refused(tiny) -> None:
     texts, given = ["dog cat", "cat ran", "a dog", "the cat"], {"at": "encoder.layer.0", "tokenizer": tokenizer}
     with pytest.raises(ValueError, match="width of the embeddings, 16, got 9"):
         sl.learn_direction(model, texts, torch.ones(4, 9), n_steps=1, progress=False, **given)
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_it_learns_in_a_caller_s_mode_without_gradients(tiny, mode) -> None:
+    own = {"at": POINT, "n_steps": 2, "progress": False}
+    expected = sl.learn_direction(tiny, TEXTS, **own)
+    with mode():
+        found = sl.learn_direction(tiny, TEXTS, **own)
+        assert not torch.is_grad_enabled()
+    np.testing.assert_array_equal(found.vector, expected.vector)
+    assert found.rows == expected.rows
