@@ -342,7 +342,7 @@ def score_edit(
     target = _read_mask(target, n, "target")
     seen = np.ones(n, bool) if known is None else _read_mask(known, n, "known")
     if not (target & seen).any():
-        raise ValueError("`target` must have at least one document among those `known`, got none.")
+        raise ValueError("There must be at least one of the target among the documents known, got none.")
     asked = np.flatnonzero(~target if known is None else ~target & ~seen)
     if len(asked) == 0 or min(n_queries, top) < 1:
         raise ValueError(
