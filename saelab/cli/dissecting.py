@@ -112,9 +112,14 @@ def _read_rows(path: Path, n: int, counted: str) -> "TokenLabels":
 
     from saelab.lm.token_labels import TokenLabels
 
+    def unlike(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        if len(found := dict(pairs)) < len(pairs):
+            raise ValueError("a name is there twice")
+        return found
+
     try:
-        given = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+        given = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=unlike)
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"`--labels` must be a JSON file, got {path}: {error}.") from None
     rows: list[Any] = list(given.values()) if isinstance(given, dict) else [None]
     if not rows or not all(isinstance(one, list) and all(type(row) is int for row in one) for one in rows):

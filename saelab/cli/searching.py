@@ -86,6 +86,10 @@ def search_documents(
 
     if (row is None) == (text is None) or (text is None) != (encoder is None):
         raise ValueError("`search` takes --row, or --text with --encoder, got another choice of them.")
+    if text is None and (normalize or pooling is not None or hook_point is not None):
+        raise ValueError(
+            "`search` takes --pooling, --hook-point and --normalize with --text alone, got them with --row."
+        )
     search = EmbeddingSearch(SAE.from_pretrained(sae), Activations.load(acts))
     query: int | Tensor = (
         row if row is not None else _embed(search, text or "", encoder, pooling, hook_point, normalize)
@@ -127,6 +131,8 @@ def _read_edits(text: str, search: "EmbeddingSearch") -> dict[int, float]:
             raise ValueError(
                 f"`--edit` must be features with codes, joined by commas, such as 12:4.5,7:0,3:2x, got '{text}'."
             ) from None
+        if feature in found:
+            raise ValueError(f"`--edit` must name each feature once, got {feature} twice in '{text}'.")
         if code.endswith("x") and 0 <= feature < len(search.peaks):
             value *= float(search.peaks[feature, int(value < 0)])
         found[feature] = value

@@ -22,6 +22,7 @@ StoredValues = Literal["none", "uint8", "float16"]
 BLOCK = 65_536
 """rows of a block: their numbers fit 16 bits, and their scores a processor's cache"""
 STEPS = 255  # of uint8
+SMALLEST, LARGEST = np.finfo(np.float16).smallest_subnormal, np.finfo(np.float16).max
 KIND, VERSION = "saelab code index", "1"
 DTYPES = {"none": None, "uint8": np.uint8, "float16": np.float16}
 
@@ -91,7 +92,7 @@ class CodeIndex:
             idf: weight sides by how rarely they fire; sentences kept fewer neighbors so.
 
         Raises:
-            ValueError: no rows, codes that are not finite, or unknown `values`.
+            ValueError: no rows, codes that are not finite, or too large for float16, or unknown `values`.
         """
         if values not in get_args(StoredValues):
             raise ValueError(f"`values` must be one of {list(get_args(StoredValues))}, got {values!r}.")
@@ -101,13 +102,16 @@ class CodeIndex:
                 f"`codes` must be at least one row of finite numbers, got {given.shape[0]} rows, "
                 f"{int((~np.isfinite(given.data)).sum())} codes not finite."
             )
+        if values == "float16" and (largest := np.abs(given.data).max(initial=0)) > LARGEST:
+            raise ValueError(f"`codes` must be at most {LARGEST} for float16, got {largest:.3g}; scale them.")
         n, n_features = given.shape
         sides = _by_side(given, signed=bool((given.data < 0).any()))
         counts = np.bincount(sides.indices, minlength=sides.shape[1])
         weights = np.log(n / np.maximum(counts, 1)) if idf else np.ones(len(counts))
         steps = None
         if values == "uint8":
-            steps = np.maximum(sides.max(axis=0).toarray().ravel(), 1e-30) / STEPS
+            largest = sides.max(axis=0).toarray().ravel().astype(np.float64)
+            steps = np.maximum(largest, 1e-30) / STEPS
         blocks = [_make_block(sides[start : start + BLOCK], values, weights, steps) for start in range(0, n, BLOCK)]
         return cls(blocks, weights, steps, n_features, values)
 
@@ -187,13 +191,13 @@ class CodeIndex:
             top: number of rows; -1 with a score of -inf stands for those that there are not.
 
         Raises:
-            ValueError: queries of another width, or `top` below 1.
+            ValueError: queries of another width or that are not finite, or `top` below 1.
         """
         given = _read(queries)
-        if given.shape[1] != self.n_features or top < 1:
+        if given.shape[1] != self.n_features or top < 1 or not np.isfinite(given.data).all():
             raise ValueError(
-                f"`queries` must have {self.n_features} columns and `top` be at least 1, got {given.shape[1]} and "
-                f"{top}."
+                f"`queries` must have {self.n_features} columns of finite codes and `top` be at least 1, got "
+                f"{given.shape[1]}, {int((~np.isfinite(given.data)).sum())} codes that are not finite, and {top}."
             )
         rows, scores = np.full((given.shape[0], top), -1), np.full((given.shape[0], top), -np.inf)
         for i in range(given.shape[0]):
@@ -275,8 +279,9 @@ def _read(codes: "spmatrix | FeatureStore | DocumentFeatures") -> "csr_matrix":
     if isinstance(codes, FeatureStore | DocumentFeatures):
         return codes.matrix() if isinstance(codes, FeatureStore) else codes.matrix
     given = csr_matrix(codes)
-    if (given.data == 0).any():
+    if (given.data == 0).any() or not given.has_canonical_format:
         given = given.copy()
+        given.sum_duplicates()
         given.eliminate_zeros()
     return given
 
@@ -298,7 +303,7 @@ def _make_block(rows: "csr_matrix", values: StoredValues, weights: np.ndarray, s
         stored = np.maximum(np.rint(by_side.data / steps[sides]), 1).astype(np.uint8)  # none that fires is lost
         sizes = stored * steps[sides]
     elif values == "float16":
-        stored = by_side.data.astype(np.float16)
+        stored = np.maximum(by_side.data, SMALLEST).astype(np.float16)
         sizes = stored.astype(np.float64)
     squares = np.bincount(by_side.indices, (weights[sides] * sizes) ** 2, rows.shape[0])
     scale = np.divide(1, np.sqrt(squares), out=np.zeros(len(squares)), where=squares > 0)

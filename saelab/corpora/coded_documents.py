@@ -8,7 +8,7 @@ from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
 from saelab.evaluation.feature_classifiers import read_values
-from saelab.evaluation.side_masks import Coded
+from saelab.evaluation.side_masks import Coded, read_acts
 from saelab.functional.indices import find_runs
 from saelab.stores.feature_store import FeatureStore
 
@@ -51,12 +51,11 @@ class CodedDocuments:
         self.matrix: Any = given if self.store is None else None
         self.d_sae = int(given.d_sae if self.store is not None else given.shape[1])
         n = len(given) if self.store is not None else given.shape[0]
-        if documents.shape != (n,) or (acts is not None and len(acts) != n):
+        if documents.shape != (n,):
             raise ValueError(
-                f"`doc_ids` and `acts` must have one for each of the {n} tokens of the codes, got {documents.shape} "
-                f"and {'none' if acts is None else len(acts)}."
+                f"`doc_ids` must have one for each of the {n} tokens of the codes, got shape {documents.shape}."
             )
-        self.acts = acts
+        self.acts = None if acts is None else read_acts(acts, n)
         self.rows = np.argsort(documents, kind="stable")
         self.ids, starts = np.unique(documents[self.rows], return_index=True)
         self.starts = np.append(starts, n).astype(np.int64)
@@ -114,6 +113,8 @@ class CodedDocuments:
             documents: which; None for all.
         """
         chosen = np.arange(len(self)) if documents is None else np.sort(documents)
+        if len(chosen) == 0:
+            return []
         part = np.cumsum(np.diff(self.starts)[chosen]) // AT_ONCE
         return np.split(chosen, np.flatnonzero(np.diff(part)) + 1)
 

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import torch
@@ -123,17 +124,19 @@ class EmbeddingSearch:
             top: most documents.
 
         Raises:
-            ValueError: a row or a feature that does not exist, codes that are not finite, an embedding of another
-                width, or `top` below 1.
+            ValueError: a row or a feature that does not exist, codes or an embedding that are not finite, an embedding
+                of another width, the row of a document without others, or `top` below 1.
         """
-        if top < 1:
-            raise ValueError(f"`top` must be at least 1, got {top}.")
         own = -1
         if not isinstance(query, Tensor):
             own = read_feature(query, "query")
             if not 0 <= own < len(self):
                 raise ValueError(f"`query` must be a row in 0..{len(self) - 1} or an embedding, got {query}.")
+            if len(self) == 1:
+                raise ValueError("`query` must be an embedding where there is one document alone, got its row.")
             query = self.documents[own : own + 1][0]
+        if query.shape != (self.documents.d_in,):
+            raise ValueError(f"`query` must be ({self.documents.d_in},), one embedding, got {tuple(query.shape)}.")
         x = query.float()[None]
         moved = self.edit(x, edits or {})
         rows, cosines = self.nearest(moved, top, exclude=np.array([own]))
@@ -157,11 +160,14 @@ class EmbeddingSearch:
         """Embeddings with features set to codes, of norm 1.
 
         Raises:
-            ValueError: a feature that does not exist, a code that is not finite, rows of another width, or edits that
-                leave nothing of a row.
+            ValueError: a feature that does not exist, a code or an embedding that is not finite, rows of another width,
+                or edits that leave nothing of a row.
         """
-        if x.shape[1] != self.sae.cfg.d_in:
-            raise ValueError(f"Embeddings must have width {self.sae.cfg.d_in}, got {x.shape[1]}.")
+        if x.ndim != 2 or x.shape[1] != self.sae.cfg.d_in or not x.isfinite().all():
+            raise ValueError(
+                f"Embeddings must be finite rows of width {self.sae.cfg.d_in}, got {tuple(x.shape)}, "
+                f"{int((~x.isfinite()).sum())} numbers that are not finite."
+            )
         features = [read_feature(j, "edits") for j in edits]
         values = torch.tensor([float(value) for value in edits.values()])
         if any(not 0 <= j < self.sae.cfg.d_sae for j in features) or not bool(values.isfinite().all()):
@@ -175,7 +181,8 @@ class EmbeddingSearch:
         changed[:, features] = values.to(z)
         changed = _keep(changed, (z != 0).sum(1), features)
         given = x.to(self.sae.device)
-        moved = self.sae.decode(changed, x=given).float() - self.sae.decode(z, x=given).float()
+        after, before = (self.sae.decode(codes.to(self.sae.dtype), x=given).float() for codes in (changed, z))
+        moved = after - before
         found = x.float() + moved.cpu()
         if empty := int((found.norm(dim=1) <= NOTHING * x.float().norm(dim=1)).sum()):
             raise ValueError(
@@ -193,13 +200,20 @@ class EmbeddingSearch:
             x: embeddings, of any length.
             top: number of rows, at most those there are.
             exclude: a row for each embedding that it does not find; -1 excludes none.
+
+        Raises:
+            ValueError: `top` below 1, or embeddings or documents that are not finite.
         """
+        if top < 1:
+            raise ValueError(f"`top` must be at least 1, got {top}.")
         best_rows = torch.zeros(len(x), 0, dtype=torch.int64)
         best = torch.zeros(len(x), 0)
         out = np.full(len(x), -1) if exclude is None else exclude
         top = min(top, len(self) - bool((out >= 0).any()))
         for start in range(0, len(self), BLOCK):
             cosines = normalize(x.float()) @ normalize(self.documents[start : start + BLOCK].float()).T
+            if not cosines.isfinite().all():
+                raise ValueError("Documents and embeddings must be finite, got NaN or infinity; leave such rows out.")
             here = np.flatnonzero((out >= start) & (out < start + BLOCK))
             cosines[here, out[here] - start] = -torch.inf
             rows = torch.arange(start, start + cosines.shape[1]).expand(len(x), -1)
@@ -325,14 +339,11 @@ def score_edit(
             that do not fit.
     """
     n = len(search)
-    seen = np.ones(n, bool) if known is None else known
-    if len(target) != n or len(seen) != n or not (target & seen).any():
-        raise ValueError(
-            f"`target` and `known` must be masks of the {n} documents with at least one of the target among those "
-            f"known, got {len(target)} and {len(seen)}, {int((target & seen).sum()) if len(target) == len(seen) else 0}"
-            " of the target known."
-        )
-    asked = np.flatnonzero(~target if known is None else ~target & ~known)
+    target = _read_mask(target, n, "target")
+    seen = np.ones(n, bool) if known is None else _read_mask(known, n, "known")
+    if not (target & seen).any():
+        raise ValueError("There must be at least one of the target among the documents known, got none.")
+    asked = np.flatnonzero(~target if known is None else ~target & ~seen)
     if len(asked) == 0 or min(n_queries, top) < 1:
         raise ValueError(
             "There must be a document without the target to ask, `n_queries` and `top` at least 1, got "
@@ -362,6 +373,17 @@ def score_edit(
         near_query=float(cosine.mean()),
         **hits,
     )
+
+
+def _read_mask(given: Any, n: int, name: str) -> Bool[np.ndarray, "n"]:
+    """A mask of the documents: row numbers, and 0 and 1, would be taken for something else where it is used."""
+    mask = np.asarray(given)
+    if mask.dtype != bool or mask.shape != (n,):
+        raise ValueError(
+            f"`{name}` must be a mask, True or False for each of the {n} documents, got {mask.dtype} of shape "
+            f"{mask.shape}."
+        )
+    return mask
 
 
 def _mean(search: EmbeddingSearch, rows: Bool[np.ndarray, "n"]) -> Float[Tensor, "d_in"]:

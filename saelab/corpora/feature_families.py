@@ -1,5 +1,6 @@
 """`find_families`: features that fire in the documents of a more frequent one, as trees (arXiv:2408.00657)."""
 
+import math
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -85,6 +86,8 @@ class FeatureFamilies(Result):
     """Families of features, the largest first."""
 
     n_documents: int
+    d_sae: int
+    """features of the dictionary"""
     sides: Int[np.ndarray, "n_sides 2"] = field(repr=False)
     """feature and sign of each side that could be in one"""
     min_overlap: float
@@ -114,6 +117,8 @@ class FeatureFamilies(Result):
             ValueError: documents with other features.
         """
         documents = as_documents(documents)
+        if documents.d_sae != self.d_sae:
+            raise ValueError(f"`documents` must have {self.d_sae} features, as those before, got {documents.d_sae}.")
         columns = [documents.column_of((feature, sign)) for feature, sign in self.sides.tolist()]
         place = {column: i for i, column in enumerate(columns)}
         groups = [
@@ -204,8 +209,11 @@ def find_families(
             "`min_overlap` must be in (0, 1), `max_density` in (0, 1], `min_children`, `min_documents` and `n_rounds` "
             f"at least 1, got {min_overlap}, {max_density}, {min_children}, {min_documents} and {n_rounds}."
         )
-    if n_null < 0:
-        raise ValueError(f"`n_null` must be at least 0, got {n_null}.")
+    if n_null < 0 or seed < 0 or (min_excess is not None and math.isnan(min_excess)):
+        raise ValueError(
+            f"`n_null` and `seed` must be at least 0 and `min_excess` a number or None, got {n_null}, {seed} and "
+            f"{min_excess}."
+        )
     counts = documents.n_fires
     kept = np.flatnonzero((counts >= min_documents) & (counts <= max_density * len(documents)))
     if sides is not None:
@@ -223,6 +231,7 @@ def find_families(
     name = name_sides(labels, (kept // 2).tolist())
     return FeatureFamilies(
         n_documents=len(documents),
+        d_sae=documents.d_sae,
         sides=np.stack([kept // 2, 1 - 2 * (kept % 2)], 1),
         min_overlap=min_overlap,
         null_counts=tuple(len(draw) for draw in null),
@@ -420,7 +429,8 @@ def _chance(excess: list[float], null: list[float], n_null: int) -> Float[np.nda
 
 def _contrast(inside: Collection[float], outside: Collection[float]) -> float:
     """Mean overlap inside over mean overlap outside."""
-    if not inside or not (apart := float(np.nanmean(list(outside)))):
+    known = [one for one in outside if one == one]  # a family of all sides has none outside
+    if not known or not (apart := float(np.mean(known))):
         return float("nan")
     return float(np.mean(list(inside))) / apart
 

@@ -226,11 +226,12 @@ class LabelHead(Drawn):
         Raises:
             ValueError: for codes of another width, and activations that are missing or of another width.
         """
-        return self._logits(CodedDocuments(codes, doc_ids, acts)).sigmoid().numpy()
+        # in float64, as in float32 logits from 17 on have the probability 1, and reach every threshold
+        return self._logits(CodedDocuments(codes, doc_ids, acts)).double().sigmoid().numpy()
 
     def decide(self, probabilities: Float[np.ndarray, "n n_labels"]) -> Bool[np.ndarray, "n n_labels"]:
         """Which labels are predicted: those whose probability reaches their threshold."""
-        return np.asarray(probabilities >= self.thresholds.sigmoid().numpy())
+        return np.asarray(probabilities >= self.thresholds.double().sigmoid().numpy())
 
     def explain(
         self,
@@ -335,9 +336,13 @@ class LabelHead(Drawn):
             scores = tuple(read_fields(HeadScore, one) for one in told.scores)
             check_seal()
         held = load_tensors(weights)
-        n, n_labels = len(held["features"]), len(told.labels)
-        known = bool(((held["features"] >= 0) & (held["features"] < told.d_sae)).all())
-        if not known or told.tensors != checksum(weights) or any(held[name].shape[-1] != n_labels for name in _VECTORS):
+        whole = told.tensors == checksum(weights)  # else tensors may be missing, or of any shape
+        n, n_labels = len(held["features"]) if whole else 0, len(told.labels)
+        if not (
+            whole
+            and bool(((held["features"] >= 0) & (held["features"] < told.d_sae)).all())
+            and all(held[name].shape[-1] == n_labels for name in _VECTORS)
+        ):
             raise ValueError(f"{weights} must hold the weights that {FACTS} tells of. Was it replaced?")
         matrix = torch.zeros(n, n_labels)
         matrix[held["entries"][0], held["entries"][1]] = held["values"]

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias, get_args
 
 import numpy as np
 import torch
@@ -55,6 +55,7 @@ def label_documents(labels: LabelsLike, doc_ids: Shaped[Any, "n_tokens"] | None 
     )
 
 
+@torch.inference_mode(False)  # it learns, whatever the caller's mode
 def label_head(
     codes: Coded,
     labels: LabelsLike,
@@ -101,10 +102,12 @@ def label_head(
         ValueError: sizes that disagree, labels that are all too rare, activations that are missing, or settings out of
             range.
     """
-    if l1 < 0 or n_epochs < 1 or min_count < 2:
+    if reads not in get_args(Reads):
+        raise ValueError(f"`reads` must be one of {get_args(Reads)}, got {reads!r}.")
+    if not 0 <= l1 < math.inf or n_epochs < 1 or min_count < 2:
         raise ValueError(
-            f"`l1` must not be negative, `n_epochs` at least 1 and `min_count` at least 2, got {l1}, {n_epochs} and "
-            f"{min_count}."
+            "`l1` must be finite and not negative, `n_epochs` at least 1 and `min_count` at least 2, got "
+            f"{l1}, {n_epochs} and {min_count}."
         )
     text = CodedDocuments(codes, doc_ids, acts)
     if reads == "activations" and acts is None:
@@ -147,6 +150,11 @@ class _LabelSplit:
             raise ValueError(
                 f"`labels` must have a row for each of the {len(text)} documents, got {given.n_tokens}; of labels of "
                 "tokens make such with `label_documents`."
+            )
+        if given.doc_ids is not None and not np.array_equal(given.doc_ids, text.ids):
+            raise ValueError(
+                f"`labels` must be of the codes' documents, in ascending order, got {given.doc_ids[:5].tolist()}... "
+                f"for {text.ids[:5].tolist()}..."
             )
         is_train = choose_documents(text.ids, train_frac, seed)
         train = np.random.default_rng(seed).permutation(np.flatnonzero(is_train))

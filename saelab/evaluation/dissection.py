@@ -17,7 +17,7 @@ from torch import Tensor
 
 from saelab.evaluation.concepts import move_truth
 from saelab.evaluation.feature_classifiers import encode_csr
-from saelab.evaluation.side_masks import Coded, SideFits, SideMasks, fit_sides, mask_activations, mask_codes
+from saelab.evaluation.side_masks import Coded, SideFits, SideMasks, fit_sides, mask_activations, mask_codes, read_acts
 from saelab.functional.indices import shift_groups
 from saelab.lm.token_labels import LabelsLike, TokenLabels
 from saelab.sae.sae import SAE
@@ -206,8 +206,9 @@ def dissect(
         seed: of the split, the nulls and the rotations.
 
     Raises:
-        ValueError: sizes that disagree, documents that cannot be split, no concept frequent enough, a quantile of less
-            than one token, or limits out of range.
+        ValueError: sizes that disagree, activations that are not finite, documents that cannot be split, no concept
+            frequent enough, a quantile of less than one token, limits out of range, or a baseline with the name of
+            another row.
 
     >>> truth = np.tile(np.eye(4)[[0, 1, 2, 3]], (50, 1))
     >>> found = dissect(truth[:, ::-1], {"odd": truth[:, 1]}, np.arange(200) // 4, quantile=0.3)
@@ -215,9 +216,12 @@ def dissect(
     (2, 1.0)
     """
     _check(quantile, detector, clear, min_count, n_rotations, acts, sae)
+    if taken := sorted({CODES, SHIFTED, PERMUTED, NEURONS, ROTATED, SCALED, TURNED} & set(baselines or ())):
+        raise ValueError(f"`baselines` must have names that no other row has, got {taken}.")
     documents = codes.doc_ids if isinstance(codes, FeatureStore) and doc_ids is None else doc_ids
     given = TokenLabels.of(labels, doc_ids=documents)
     bench = _SplitLabels.make(given, train_frac, quantile, min_count, seed)
+    acts = None if acts is None else read_acts(acts, len(bench.is_train))
     own, *moved = fit_sides(mask_codes(codes, bench.is_train, quantile), (bench.truth, *bench.moved()), bench.is_train)
     labelings = zip((CODES, SHIFTED, PERMUTED), (own, *moved), strict=True)
     rows = [_summarize(name, 0, found, detector, clear) for name, found in labelings]
@@ -327,8 +331,6 @@ def _list_baselines(
         yield name, 0, mask_codes(codes, bench.is_train, bench.quantile, name)
     if acts is None:
         return
-    if len(acts) != len(bench.is_train):
-        raise ValueError(f"`acts` must have a row for each of the {len(bench.is_train)} tokens, got {len(acts)}.")
     seen = torch.from_numpy(bench.is_train)
     x = acts.detach().float().cpu()
     mean = x[seen].mean(0)

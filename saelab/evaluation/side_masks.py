@@ -3,10 +3,12 @@
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
+import torch
 from jaxtyping import Bool, Float, Int
+from torch import Tensor
 
 from saelab.evaluation.feature_classifiers import BLOCK_ENTRIES, CodeMatrix, read_values
 from saelab.stores.feature_store import FeatureStore
@@ -16,6 +18,17 @@ if TYPE_CHECKING:
 
 Coded: TypeAlias = FeatureStore | CodeMatrix
 """A feature store, or codes or activations as `read_values` takes them."""
+
+
+def read_acts(acts: Any, n: int) -> Float[Tensor, "n d_in"]:
+    """Activations as a tensor; ValueError unless they are a finite row for each of n tokens."""
+    x = torch.as_tensor(acts)
+    if x.ndim != 2 or len(x) != n or not x.isfinite().all():
+        raise ValueError(
+            f"`acts` must have a finite row for each of the {n} tokens, got shape {tuple(x.shape)}, "
+            f"{int((~x.isfinite()).sum())} numbers that are not finite."
+        )
+    return x
 
 
 @dataclass(frozen=True, eq=False)

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 import numpy as np
 from jaxtyping import Bool, Float, Int, Shaped
@@ -16,6 +16,7 @@ from saelab.geometry.group_agreement import cosine_contrast, information_z, pred
 from saelab.geometry.lobe_results import Lobe, Lobes, LobeScore
 from saelab.geometry.spectral_clusters import Affinity, NormalizedVectors, SpectralClusters
 from saelab.lm.token_labels import LabelsLike, TokenLabels
+from saelab.sae.compatibility import require_finite
 from saelab.sae.sae import SAE
 from saelab.stores.corpus import split_documents
 from saelab.stores.feature_store import FeatureStore
@@ -62,7 +63,8 @@ def lobes(
         seed: of halves of documents, clusterings, draws and permutations.
 
     Raises:
-        ValueError: sizes that disagree, fewer features than lobes, or a number out of range.
+        ValueError: sizes that disagree, documents in pieces, fewer features than lobes, an unknown affinity, an SAE
+            that is not finite, or a number out of range.
 
     >>> x = torch.eye(8).repeat_interleave(2, 0)[torch.arange(4000) // 20 % 16]  # one feature in each story
     >>> sae = sl.SAE(sl.SAEConfig(d_in=8, d_sae=8, activation=sl.TopK(k=1)))
@@ -75,9 +77,12 @@ def lobes(
             f"`n_lobes` must be 2 or more each, `window` and `n_draws` at least 1 and `min_windows` at least 2, got "
             f"{list(n_lobes)}, {window}, {n_draws} and {min_windows}."
         )
+    if affinity not in get_args(Affinity):
+        raise ValueError(f"`affinity` must be one of {get_args(Affinity)}, got {affinity!r}.")
     given = None if labels is None else TokenLabels.of(labels)
     found = {}
     for name, (one, coder) in {"": (codes, sae), **(baselines or {})}.items():
+        require_finite(coder)
         text = _Windows.read(one, coder, doc_ids, given, window, seed)
         found[name] = _measure(text, coder, ks, affinity, min_windows, n_draws, seed)
     own = found.pop("")
@@ -117,6 +122,11 @@ class _Windows:
                 f"{n if labels is None else labels.n_tokens} labels."
             )
         starts = find_runs(documents)
+        if len(starts) > len(np.unique(documents)):
+            raise ValueError(
+                f"`doc_ids` must have the tokens of a document one after another, got {len(starts)} pieces of "
+                f"{len(np.unique(documents))} documents; sort the rows by document."
+            )
         place = np.arange(n) - np.repeat(starts, np.diff(np.append(starts, n)))
         of = np.cumsum(place % window == 0) - 1
         first = split_documents(documents, 0.5, seed)

@@ -12,6 +12,7 @@ from torch import Tensor
 from saelab.functional.metrics import exact
 from saelab.functional.statistics import correlation
 from saelab.geometry.group_agreement import REACHES
+from saelab.sae.compatibility import require_finite
 from saelab.sae.sae import SAE
 from saelab.stores.results import Result, find_row, format_spread, format_table
 
@@ -127,7 +128,7 @@ def galaxy(saes: SAE | Mapping[str, SAE], *, n_draws: int = 3, seed: int = 0) ->
         seed: of the draws.
 
     Raises:
-        ValueError: fewer than 18 dimensions or 18 live directions, or no draws.
+        ValueError: fewer than 18 dimensions or 18 live directions, an SAE that is not finite, or no draws.
 
     >>> found = galaxy(sl.SAE(sl.SAEConfig(d_in=32, d_sae=200), seed=0))
     >>> abs(found.rows[0].cloud.slope - found.rows[0].nulls["untrained"][0].slope) < 0.1
@@ -141,6 +142,7 @@ def galaxy(saes: SAE | Mapping[str, SAE], *, n_draws: int = 3, seed: int = 0) ->
 
 
 def _measure(name: str, sae: SAE, n_draws: int, seed: int) -> GalaxyRow:
+    require_finite(sae)
     rows = exact(sae.directions()).cpu()
     alive = rows.norm(dim=1) > 0
     alive[(sae.training_ or {}).get("dead", [])] = False

@@ -9,10 +9,12 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from saelab.functional.metrics import exact
 from saelab.geometry.group_agreement import REACHES
 from saelab.stores.results import Result, find_row, format_spread, format_table
 
 N_FOLDS = 5
+RIDGE = 1e-6  # of covariances within relations, as a share of the mean square of differences
 SAME = 1e-9  # length of a difference that is none, relative to the vectors
 RAW, OUT, RANDOM, FITTED, HELD_OUT = "raw", "distractors out", "random out", "LDA, fitted", "LDA, held out"
 LIMITS = (
@@ -148,7 +150,7 @@ def crystals(
 
     Raises:
         ValueError: fewer than two relations, a relation of fewer than three pairs, words that are not there, sizes that
-            disagree, or too few words outside of pairs.
+            disagree, names that are given twice, pairs of equal vectors alone, or too few words outside of pairs.
 
     >>> rng = np.random.default_rng(0)
     >>> a = rng.normal(size=(20, 30))
@@ -157,7 +159,9 @@ def crystals(
     >>> found.contrast > 2 * max(found.permuted_pairs)
     True
     """
-    x = np.asarray(vectors.detach().cpu() if isinstance(vectors, Tensor) else vectors, np.float64)
+    x = np.asarray(exact(vectors).cpu() if isinstance(vectors, Tensor) else vectors, np.float64)
+    if x.ndim != 2:
+        raise ValueError(f"`vectors` must be (n_words, d), got shape {x.shape}.")
     first, second, relation = _read_pairs(pairs, names, len(x))
     if n_draws < 2 or not np.isfinite(x).all():
         raise ValueError(f"`vectors` must be finite and `n_draws` at least 2, got {n_draws} draws; leave words out.")
@@ -168,6 +172,9 @@ def crystals(
         n_out = axes.shape[1]
         spaces[OUT] = x - x @ axes @ axes.T
     limit = SAME * float(np.linalg.norm(x - x.mean(0), axis=1).max())
+    n_differ = int((np.linalg.norm(x[second] - x[first], axis=1) > limit).sum())
+    if n_differ < 2:
+        raise ValueError(f"`pairs` must be of words with different vectors, got {n_differ} pairs that are.")
 
     def measure(b: np.ndarray, groups: np.ndarray) -> dict[str, float]:
         found = {name: _contrast(space[b] - space[first], groups, limit) for name, space in spaces.items()}
@@ -194,7 +201,7 @@ def crystals(
         scores.insert(2, random)
     return Crystals(
         n_pairs=len(first),
-        n_differ=int((np.linalg.norm(x[second] - x[first], axis=1) > limit).sum()),
+        n_differ=n_differ,
         n_words=len(x),
         n_distractors=n_out,
         n_draws=n_draws,
@@ -210,6 +217,8 @@ def _read_pairs(
     """Rows of first and second words, and the number of the relation."""
     if names is not None and len(names) != n_words:
         raise ValueError(f"`names` must be those of the {n_words} rows of `vectors`, got {len(names)}.")
+    if names is not None and len(set(names)) < n_words:
+        raise ValueError("`names` must differ, got some of them twice; give one vector a word.")
     place = {i: i for i in range(n_words)} if names is None else {name: i for i, name in enumerate(names)}
     sizes = {name: len(found) for name, found in pairs.items()}
     if len(sizes) < 2 or min(sizes.values()) < 3:
@@ -241,7 +250,10 @@ def _distractor_axes(x: np.ndarray, distractors: Any, weights: Any, used: np.nda
     off = (known - np.average(known, 0, w)) * w[:, None]
     directions = (x - np.average(x, 0, w)).T @ (off / np.maximum(np.linalg.norm(off, axis=0), 1e-300))
     axes, sizes, _ = np.linalg.svd(directions, full_matrices=False)
-    return np.asarray(axes[:, sizes > 1e-9 * max(sizes.max(initial=0), 1e-300)])
+    kept = sizes > SAME * max(1.0, float(np.linalg.norm(x)))
+    if not kept.any():
+        raise ValueError("`distractors` must vary with the vectors of words outside of pairs, got ones that do not.")
+    return np.asarray(axes[:, sizes > SAME * sizes.max()])
 
 
 def _contrast(d: np.ndarray, groups: np.ndarray, limit: float) -> float:
@@ -264,6 +276,25 @@ def _cosines(a: np.ndarray, b: np.ndarray, limit: float) -> tuple[Float[np.ndarr
     return (a @ b.T) / np.maximum(np.outer(*sizes), 1e-300), known
 
 
+class _Shrunk:
+    """Covariance by Ledoit and Wolf of standardized columns, plus a ridge, as relations of few pairs or of pairs that
+    differ by exactly one vector have none that can be inverted.
+    """
+
+    def __init__(self, ridge: float) -> None:
+        self.ridge = ridge
+
+    def fit(self, x: Float[np.ndarray, "n d"]) -> "_Shrunk":
+        """Set `covariance_`, as the discriminant analysis asks for."""
+        from sklearn.covariance import ledoit_wolf
+
+        scale = x.std(0)
+        scale[scale == 0] = 1.0
+        shrunk = ledoit_wolf((x - x.mean(0)) / scale)[0]
+        self.covariance_ = scale[:, None] * shrunk * scale + self.ridge * np.eye(x.shape[1])
+        return self
+
+
 def _discriminate(d: np.ndarray, groups: np.ndarray, limit: float, seed: int) -> dict[str, float]:
     """The contrast in the space of a discriminant analysis of these differences, and of held-out ones with the rest."""
     from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
@@ -274,7 +305,10 @@ def _discriminate(d: np.ndarray, groups: np.ndarray, limit: float, seed: int) ->
     n_axes = len(np.unique(groups)) - 1
 
     def project(train: np.ndarray) -> np.ndarray:
-        fitted = LinearDiscriminantAnalysis(solver="eigen", shrinkage="auto").fit(d[train], groups[train])
+        estimator = _Shrunk(RIDGE * float(np.square(d).mean()))
+        with np.errstate(invalid="ignore"):  # where relations have the same mean, of shares that are not read
+            fitted = LinearDiscriminantAnalysis(solver="eigen", covariance_estimator=estimator)
+            fitted.fit(d[train], groups[train])
         return np.asarray(d @ fitted.scalings_[:, :n_axes])
 
     inside, held = project(np.arange(len(d))), []
@@ -282,7 +316,13 @@ def _discriminate(d: np.ndarray, groups: np.ndarray, limit: float, seed: int) ->
     for train, test in folds.split(d, groups):
         rows = project(train)
         held.append(_compare(rows[test], rows[train], groups[test], groups[train], 0.0))
-    return {FITTED: _contrast(inside, groups, 0.0), HELD_OUT: float(np.nanmean(held))}
+    return {FITTED: _contrast(inside, groups, 0.0), HELD_OUT: _mean_known(held)}
+
+
+def _mean_known(values: Sequence[float]) -> float:
+    """The mean of those that are numbers, as a relation of equal words has no cosine; NaN without any."""
+    known = [one for one in values if not math.isnan(one)]
+    return float(np.mean(known)) if known else math.nan
 
 
 def _by_relation(
@@ -302,7 +342,7 @@ def _by_relation(
     found = []
     for r, name in enumerate(names):
         own = np.flatnonzero(relation == r)
-        permuted = float(np.nanmean([mean(RAW, b, own) for b in shuffled]))
+        permuted = _mean_known([mean(RAW, b, own) for b in shuffled])
         figures = {"cosine": mean(RAW, second, own), "cosine_permuted": permuted, "cosine_out": mean(OUT, second, own)}
         found.append(RelationScore(name=name, n_pairs=len(own), **figures))
     return tuple(found)

@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
+from saelab.functional.indices import read_feature
 from saelab.functional.screening import largest_first
 from saelab.interventions.directions import Direction
 from saelab.lm.hooks import capture
@@ -109,7 +110,8 @@ def concept_vector(
 
     Raises:
         ValueError: several texts or `less` without pooling, an SAE of another width, `k` out of range, a module that
-            does not exist, and for an SAE of another model or hook point (unless `allow_mismatch`).
+            does not exist, activations that are not finite, and for an SAE of another model or hook point (unless
+            `allow_mismatch`).
         TypeError: a module without a tensor as output.
 
     >>> model, sae = sl.lm.tiny_model(), sl.SAE(sl.SAEConfig(d_in=32, d_sae=64, activation=sl.TopK(k=4)))
@@ -119,7 +121,7 @@ def concept_vector(
     """
     if pooling is not None and pooling not in get_args(ConceptPooling):
         raise ValueError(f"`pooling` must be one of {get_args(ConceptPooling)} or None, got {pooling!r}.")
-    if k is not None and not 1 <= k <= sae.cfg.d_sae:
+    if k is not None and not 1 <= (k := read_feature(k, "k")) <= sae.cfg.d_sae:
         raise ValueError(f"`k` must be in 1..d_sae ({sae.cfg.d_sae}), got {k}.")
     if less is not None and pooling is None:
         raise ValueError("`less` must go with a pooling, as positions of two texts do not belong together; give one.")
@@ -134,6 +136,10 @@ def concept_vector(
             x, keep = _read_module(model, example, at, pooling, tokenizer, axis)
         if x.shape[-1] != sae.cfg.d_in:
             raise ValueError(f"An SAE must have the width of what it reads, {x.shape[-1]}, got d_in {sae.cfg.d_in}.")
+        if not x[keep].isfinite().all():
+            raise ValueError(
+                "Activations of a concept must be finite, got NaN or infinity; check the model and its dtype."
+            )
         x = x.to(sae.device)
         return _pool(reader.encode(x) * reader.output_scale(x), keep.to(x.device), pooling)
 
@@ -142,7 +148,8 @@ def concept_vector(
     if k is not None:
         top = largest_first(z.reshape(-1, z.shape[-1]).abs(), k).reshape(*z.shape[:-1], k)
         z = torch.zeros_like(z).scatter(-1, top, z.gather(-1, top))
-    return ConceptVector(z @ sae.directions(), z, _name(concept, less))
+    z = z.float()  # and not the dtype of the SAE, in which codes of a mean would be rounded
+    return ConceptVector(z @ sae.directions().float(), z, _name(concept, less))
 
 
 def _keeps_largest(sae: SAE) -> bool:

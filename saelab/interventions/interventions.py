@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, SupportsIndex, TypeAlias, get_args
 
+import numpy as np
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
@@ -87,6 +88,14 @@ class TokenSelector:
             raise ValueError(
                 f"`where` must be one of {get_args(TextPart)}, or a `TokenSelector(...)`, got '{self.part}'."
             )
+        if self.positions is not None and not isinstance(self.positions, slice):
+            if not isinstance(self.positions, Iterable):
+                raise TypeError(f"`positions` must be a list or a slice, got {self.positions!r}; of one give a list.")
+            # booleans would be taken for positions 0 and 1
+            object.__setattr__(self, "positions", [read_feature(one, "positions") for one in self.positions])
+        if self.tokens is not None and (not isinstance(self.tokens, Tensor) or self.tokens.dtype != torch.bool):
+            got = self.tokens.dtype if isinstance(self.tokens, Tensor) else type(self.tokens).__name__
+            raise TypeError(f"`tokens` must be a mask, a boolean tensor, got {got}; give positions as a list.")
 
     def select(self, passing: ForwardTokens, special_ids: Tensor) -> Bool[Tensor, "batch n"]:
         """Mask of the tokens of a forward pass by these rules, without the condition `when`."""
@@ -110,6 +119,8 @@ TokenSelection: TypeAlias = TextPart | slice | Sequence[int] | Bool[Tensor, "...
 def make_where(place: TokenSelection) -> TokenSelector:
     """The `TokenSelector` for any form that `where` accepts: a part of the text, positions, a mask or a condition.
 
+    TypeError for positions that are no integers, such as a list of booleans, and masks that are not boolean.
+
     >>> make_where("prompt").part, make_where([0, 3]).positions, make_where(slice(1, None)).positions
     ('prompt', [0, 3], slice(1, None, None))
     """
@@ -119,6 +130,8 @@ def make_where(place: TokenSelection) -> TokenSelector:
         return TokenSelector(when=place)
     if isinstance(place, str):
         return TokenSelector(part=place)
+    if isinstance(place, np.ndarray) and place.dtype == bool:
+        return TokenSelector(tokens=torch.from_numpy(place))
     return TokenSelector(tokens=place) if isinstance(place, Tensor) else TokenSelector(positions=place)
 
 

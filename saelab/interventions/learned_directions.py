@@ -88,6 +88,7 @@ class LearnedDirection(Result):
         return "\n".join([head, *format_table(table)])
 
 
+@torch.inference_mode(False)  # it learns, whatever the caller's mode; gradients are on as well
 def learn_direction(
     model: Any,
     texts: Sequence[str],
@@ -140,15 +141,19 @@ def learn_direction(
         progress: show progress bars.
 
     Raises:
-        ValueError: fewer than four texts, a target that does not fit, numbers out of range, a loss that does not depend
-            on the module, and for an SAE of another width, model or hook point (unless `allow_mismatch`).
+        ValueError: fewer than four texts or a blank one, a target that does not fit, numbers out of range, a loss that
+            does not depend on the module, and for an SAE of another width, model or hook point (unless
+            `allow_mismatch`).
 
     >>> texts = ["a dog ran", "the dog sat", "my dog ate", "one dog"]
     >>> found = sl.learn_direction(sl.lm.tiny_model(), texts, at="blocks.0.hook_out", n_steps=3, progress=False)
     >>> found.row("learned").fitted < found.row("none").fitted
     True
     """
+    _require_texts(texts, "texts")
     texts = list(texts)
+    for part in contrast or ():
+        _require_texts(part, "contrast")
     _check_numbers(texts, norm, held_out, n_steps, batch_size, lr, n_random)
     place = _Place(model, at, where, tokenizer)
     if sae is not None:
@@ -163,6 +168,8 @@ def learn_direction(
     vectors = {"learned": fit.descend(gradient, size, n_steps, lr, seed, progress), "gradient": -gradient}
     if contrast is not None:
         vectors["means"] = place.activations(contrast[0]).mean(0) - place.activations(contrast[1]).mean(0)
+        if not vectors["means"].any():
+            raise ValueError("`contrast` must be texts with different mean activations, got the same.")
     if sae is not None:
         name, vector = fit.best_feature(sae, gradient, size)
         vectors[name] = vector
@@ -173,6 +180,13 @@ def learn_direction(
         vector=scaled["learned"].numpy(), norm=size, place=place.name, n_fitted=len(fit.fitted), n_held_out=n_held,
         n_steps=n_steps, seed=seed, rows=fit.compare(scaled),
     )  # fmt: skip
+
+
+def _require_texts(texts: Any, name: str) -> None:
+    """Raise ValueError for no texts, one text in place of a list, and blank ones, which have no loss."""
+    found = [] if isinstance(texts, str) else list(texts)
+    if not found or not all(isinstance(text, str) and text.strip() for text in found):
+        raise ValueError(f"`{name}` must be lists of texts, none of them blank, got {texts!r:.80}.")
 
 
 def _check_numbers(
@@ -235,7 +249,7 @@ class _Place:
                 raise ValueError("`target` of a language model must be None or a function, got embeddings.")
             return lambda rows: self._next_tokens([texts[i] for i in rows])
         if not isinstance(target, Tensor) or target.ndim != 2 or len(target) != len(texts):
-            got = tuple(target.shape) if isinstance(target, Tensor) else target
+            got = tuple(target.shape) if isinstance(target, Tensor) else type(target).__name__
             raise ValueError(f"`target` must be an embedding for each of {len(texts)} texts, or a function, got {got}.")
         wanted = target.detach()
         return lambda rows: self._distance([texts[i] for i in rows], wanted[list(rows)])
@@ -254,6 +268,10 @@ class _Place:
         inputs = make_inputs(self.model, texts, self._tokenizer)
         assert inputs.real is not None
         embedded = pool(inputs.run().last_hidden_state, inputs.real, "mean")
+        if embedded.shape[1] != wanted.shape[1]:
+            raise ValueError(
+                f"`target` must have the width of the embeddings, {embedded.shape[1]}, got {wanted.shape[1]}."
+            )
         return 1 - torch.nn.functional.cosine_similarity(embedded, wanted.to(embedded), dim=1)
 
     @torch.no_grad()

@@ -58,7 +58,7 @@ def steer_module(
     Raises:
         ValueError: vectors that are not finite or of another width, unknown units and sides, "prompt" or "generated"
             as `where`, and an intervention with a strength or of a transcoder.
-        TypeError: a module whose output is no tensor.
+        TypeError: a module whose output is no tensor of floating point numbers, and a vector of another type.
 
     >>> layer = torch.nn.Linear(4, 4)
     >>> x = torch.ones(1, 3, 4)
@@ -74,6 +74,11 @@ def steer_module(
         _check_intervention(vector, strength, unit)
         places = vector.places if isinstance(where, str) and where == "all" else places
         move, width, idle = _edit(vector), vector.rows.shape[1], vector.changes_nothing
+    elif not isinstance(vector, Tensor | ConceptVector | Direction):
+        raise TypeError(
+            "`vector` must be a tensor, a concept vector, a direction or an intervention, got "
+            f"{type(vector).__name__}; make a tensor of it."
+        )
     else:
         given = vector if isinstance(vector, Tensor) else vector.vector
         move, width, idle = _add(given, strength, unit), given.shape[-1], _is_zero(strength)
@@ -125,7 +130,8 @@ def _add(vector: Tensor, strength: Strength, unit: str) -> Move:
         raise ValueError(f"`strength` must be one finite number, got {strength}.")
 
     def move(rows: Tensor) -> Tensor:
-        x, step = rows.float(), vector.to(rows.device, torch.float32)
+        x = rows.to(torch.promote_types(rows.dtype, torch.float32))  # float64 stays what it is
+        step = vector.to(x)
         if unit == "norm":
             step = step / step.norm(dim=-1, keepdim=True).clamp_min(1e-12)
         if step.ndim == 2:

@@ -59,11 +59,13 @@ def keep_output(seen: list[Tensor]) -> Callable[[Tensor], None]:
 
 
 def require_tensor(x: Any) -> None:
-    """Raise TypeError for what passes a module and is no tensor, such as the named outputs of a whole model."""
-    if not isinstance(x, Tensor):
+    """Raise TypeError for what passes a module and is no tensor of floating point numbers, such as token ids or the
+    named outputs of a whole model.
+    """
+    if not isinstance(x, Tensor) or not x.is_floating_point():
         raise TypeError(
-            "A module that is read or steered must put out a tensor, or a tuple that begins with one, got "
-            f"{type(x).__name__}; choose a layer inside of it."
+            "A module that is read or steered must put out a tensor of floating point numbers, or a tuple that begins "
+            f"with one, got {x.dtype if isinstance(x, Tensor) else type(x).__name__}; choose a layer inside of it."
         )
 
 

@@ -124,7 +124,7 @@ def embed_concepts(
         seed: of the split, the samples and the permutation.
 
     Raises:
-        ValueError: sizes that disagree, or no concept that is frequent enough.
+        ValueError: sizes that disagree, no feature that fires, or no concept that is frequent enough.
 
     >>> z = np.tile(np.eye(4), (25, 1))
     >>> found = embed_concepts(z, {"a": z[:, 2] > 0, "b": z[:, 2] + z[:, 3] > 0}, np.arange(100) // 4, min_count=5)
@@ -137,6 +137,8 @@ def embed_concepts(
     matrix, truth, documents = read_codes(codes, keep), given.matrix[keep].tocsc(), documents[keep]
     is_train = split_documents(documents, train_frac, seed)
     bench, rng = ProbeBench.make(matrix, is_train, seed), np.random.default_rng(seed)
+    if not len(bench.sides):
+        raise ValueError("`codes` must have a feature that fires in training documents, got none.")
     rows, vectors, skipped = list[ConceptEmbedding](), list[np.ndarray](), list[str]()
     for c, name in enumerate(given.names):
         y = truth[:, [c]].toarray()[:, 0]

@@ -117,8 +117,8 @@ def converse(
         use_cache: whether to use a key-value cache within a turn, where it is correct.
 
     Raises:
-        ValueError: for lists of another length than `says`, interventions with positions or masks of their own, a
-            system message without a chat template, and a dialogue that outgrows the model's context.
+        ValueError: for nothing said, lists of another length than `says`, interventions with positions or masks of
+            their own, a system message without a chat template, and a dialogue that outgrows the model's context.
 
     >>> model = sl.lm.tiny_model()
     >>> up = sl.Intervention(sl.Direction(torch.ones(32), "blocks.1.hook_resid_post"), 4.0)
@@ -135,6 +135,8 @@ def converse(
     if system is not None and not is_chat:
         raise ValueError("`system` needs a tokenizer with a chat template, got none; say it in the first turn.")
     said = [says] if isinstance(says, str) else list(says)
+    if not said:
+        raise ValueError("`says` must be at least one text, got none.")
     each = _spread(interventions, len(said))
     turns = list(before.turns) if before is not None else []
     for text, now in zip(said, each, strict=True):
@@ -150,7 +152,7 @@ def converse(
                 use_cache=use_cache, progress=False,
             )[0]  # fmt: skip
         turns.append(DialogueTurn(said=text, reply=made, start=start, interventions=tuple(now)))
-    return Dialogue(turns=tuple(turns), history=history, system=system, is_chat=is_chat, seed=seed)
+    return Dialogue(turns=tuple(turns), history=history, system=system, is_chat=is_chat, seed=int(seed))
 
 
 def _spread(given: TurnEdits, n: int) -> list[Sequence[Intervention]]:

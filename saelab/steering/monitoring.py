@@ -101,8 +101,8 @@ def monitor(
         seed: of these.
 
     Raises:
-        ValueError: for no trait, two of one name, fewer than 20 exchanges, and a text that does not fit the
-            model's context.
+        ValueError: for no trait, two of one name, one of another width or whose ends are the same, fewer than 20
+            exchanges, and a text that does not fit the model's context.
 
     >>> model = sl.lm.tiny_model()
     >>> pairs = [("I am glad", "I am sad"), ("so glad", "so sad")]
@@ -124,6 +124,12 @@ def monitor(
     levels, by_chance = dict[str, Tensor](), dict[str, Tensor]()
     for trait in found:
         here = x[trait.hook_point][0].float().cpu()
+        vector = trait.vector()
+        if len(vector) != here.shape[1] or not np.isfinite(vector).all() or not vector.any():
+            raise ValueError(
+                f"A trait must have a vector that is finite, not zero and of the model's width, {here.shape[1]}, got "
+                f"one of width {len(vector)} and norm {np.linalg.norm(vector):.3g} for '{trait.name}'."
+            )
         levels[trait.name] = trait.level(here)
         by_chance[trait.name] = _level_exchanged(trait, here, n_exchanges, seed)
     rows = []

@@ -137,16 +137,29 @@ class Trait(Result):
             }
             ends["differences"] = np.array(data.pop("differences"), np.float32)
             found = cls(rows=rows, **ends, **{n: _number(v) for n, v in data.items()})
+            for one in (found, *rows):
+                _require_types(one)
         except (ValueError, TypeError, KeyError, AttributeError, UnicodeDecodeError) as error:
             names = [one.name for one in fields(cls)]
             raise ValueError(f"{path} must be a trait as `save` writes it, with {names}, got: {error}.") from error
         shapes = [(name, vector.shape) for end in (found.positive, found.negative) for name, vector in end.items()]
         same = len(set(shapes)) * 2 == len(shapes) and found.hook_point in found.positive
+        vectors = (*found.positive.values(), *found.negative.values(), found.differences)
+        if not all(np.isfinite(vector).all() for vector in vectors):
+            raise ValueError(f"{path} must hold finite vectors, got NaN or infinity. Was it edited?")
         if not same or found.differences.shape != (found.n_pairs, len(found.positive[found.hook_point])):
             raise ValueError(
                 f"{path} must have one vector of each end at each hook point, and of each pair, got shapes {shapes}."
             )
         return found
+
+
+def _require_types(one: Any) -> None:
+    """Raise TypeError for a text or a number that is none."""
+    for part in fields(one):
+        value, wanted = getattr(one, part.name), (int, float) if part.type is float else part.type
+        if part.type in (str, int, float) and (isinstance(value, bool) or not isinstance(value, wanted)):  # type: ignore[arg-type]
+            raise TypeError(f"`{part.name}` is {value!r:.40}")
 
 
 def _number(value: Any) -> Any:
@@ -209,6 +222,8 @@ def trait_vector(
         raise ValueError(f"`read` must be one of {get_args(DescriptionPart)}, got '{read}'.")
     if n_exchanges < 1 or n_tokens < 1:
         raise ValueError(f"`n_exchanges` and `n_tokens` must be at least 1, got {n_exchanges} and {n_tokens}.")
+    if isinstance(questions, str):
+        raise ValueError(f"`questions` must be a list of texts, got one text, {questions!r:.60}; put it in a list.")
     points = hook_points or [f"blocks.{i}.hook_resid_post" for i in range(model.cfg.n_layers)]
     points = list(dict.fromkeys(find_hook_point(model, point) for point in points))
     reader = _TraitReader(model, points, read, progress)

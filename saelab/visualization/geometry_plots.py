@@ -7,7 +7,7 @@ import numpy as np
 from saelab.geometry.direction_clouds import UNTRAINED, Galaxy
 from saelab.geometry.lobe_results import Lobes
 from saelab.geometry.relation_crystals import RANDOM, Crystals
-from saelab.visualization.html import OTHER, OWN, apply_layout, line_of
+from saelab.visualization.html import OTHER, OWN, apply_layout, escape_plotly, line_of
 
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure
@@ -31,7 +31,7 @@ def plot_lobes(found: Lobes) -> "Figure":
     for row, what in ((1, "contrast_z"), (2, value)):
         for i, (name, one) in enumerate(lines.items()):
             y = [getattr(score, what) for score in one.scores]
-            line = Scatter(x=x, y=y, name=name, legendgroup=name, showlegend=row == 1, line=line_of(i))
+            line = Scatter(x=x, y=y, name=escape_plotly(name), legendgroup=name, showlegend=row == 1, line=line_of(i))
             figure.add_trace(line, row=row, col=1)
         null = "Gaussian directions" if what != "meaning" else "meanings permuted"
         y = [_null(score, what) for score in found.scores]
@@ -64,7 +64,7 @@ def plot_galaxy(found: Galaxy) -> "Figure":
 
     figure = Figure()
     for i, row in enumerate(found.rows):
-        name = f"{row.name or 'directions'}, slope {row.cloud.slope:.2f}"
+        name = f"{escape_plotly(row.name) or 'directions'}, slope {row.cloud.slope:.2f}"
         figure.add_trace(_spectrum(row.cloud.variances, name, line_of(i)))
     null = found.rows[0].nulls[UNTRAINED][0]
     gray = {"color": OTHER, "dash": "dot"}
@@ -72,7 +72,7 @@ def plot_galaxy(found: Galaxy) -> "Figure":
     figure.update_xaxes(title_text="rank of the principal component", type="log")
     figure.update_yaxes(title_text="share of the variance", type="log")
     sizes = ", ".join(f"{row.n_rows:,} rows of {row.d:,} dimensions" for row in found.rows[:1])
-    excess = ", ".join(f"{row.name + ' ' if row.name else ''}{row.excess():+.1f}" for row in found.rows)
+    excess = ", ".join(f"{escape_plotly(row.name) + ' ' if row.name else ''}{row.excess():+.1f}" for row in found.rows)
     note = f"{sizes}; clustering entropy above Gaussian rows of norm 1, nats: {excess}"
     return apply_layout(figure, "The cloud of directions", note)
 

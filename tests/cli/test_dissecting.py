@@ -51,6 +51,8 @@ def test_a_head_is_fitted_and_saved(folder, capsys) -> None:
     [
         ("{", "must be a JSON file"),
         ("[1]", "object of lists"),
+        ('{"a": [1], "a": [2]}', "a name is there twice"),
+        ("[" * 100_000, "must be a JSON file"),
         ("{}", "object of lists"),
         ('{"a": [1.5]}', "object of lists"),
         ('{"a": [true]}', "object of lists"),

@@ -92,6 +92,9 @@ def test_wrong_use_is_told(store, embedded, tmp_path: Path, capsys) -> None:
         (["search", *embedded, "--row", "999"], "must be a row in 0..79"),
         (["search", *embedded, "--row", "1", "--edit", "3"], "`--edit` must be features with codes"),
         (["search", *embedded, "--row", "1", "--edit", "99:2x"], "features in 0..31"),
+        (["search", *embedded, "--row", "1", "--edit", "3:1,3:2x"], "each feature once"),
+        (["search", *embedded, "--row", "1", "--pooling", "mean"], "with --text alone"),
+        (["search", *embedded, "--row", "1", "--normalize"], "with --text alone"),
         (["search", *embedded, "--row", "1", "--top", "0"], "`top` must be at least 1"),
         (["search", *embedded[:1], str(tmp_path / "none"), "--row", "1"], "none"),
     ]:

@@ -163,3 +163,28 @@ def test_a_file_whose_parts_do_not_fit_is_refused(monkeypatch, tmp_path) -> None
         CodeIndex.load(edited)
     with pytest.raises(FileNotFoundError):
         CodeIndex.load(tmp_path / "none.safetensors")
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("values", ["none", "uint8", "float16"])
+def test_an_index_of_codes_of_either_precision_is_read_again(tmp_path, values, dtype) -> None:
+    codes = csr_matrix(np.array([[1.5, 0.0, -2.0], [0.0, 3.0, 0.5]], dtype))
+    index = CodeIndex.build(codes, values=values)
+    index.save(tmp_path / "index")
+    for own, read in zip(index.search(codes, 2), CodeIndex.load(tmp_path / "index").search(codes, 2), strict=True):
+        np.testing.assert_array_equal(own, read)
+
+
+def test_float16_loses_no_code_and_takes_none_that_is_too_large() -> None:
+    codes = csr_matrix(np.array([[1e-9, 0.0], [0.0, 1e-9], [0.0, 1e-9]]))
+    assert CodeIndex.build(codes, values="float16").search(codes[:1], 1)[1][0, 0] == pytest.approx(1, abs=1e-6)
+    with pytest.raises(ValueError, match="at most 65504"):
+        CodeIndex.build(codes * 1e15, values="float16")
+
+
+def test_entries_that_are_there_twice_are_summed_and_queries_finite() -> None:
+    twice = csr_matrix((np.ones(2), np.array([1, 1]), np.array([0, 2])), shape=(1, 3))
+    index = CodeIndex.build(csr_matrix(np.array([[0.0, 2.0, 0.0], [1.0, 0.0, 0.0]])), values="float16")
+    assert index.search(twice, 1)[1][0, 0] == pytest.approx(1, abs=1e-6)
+    with pytest.raises(ValueError, match="finite codes"):
+        index.search(csr_matrix(np.array([[0.0, np.nan, 0.0]])), 1)

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from torch.nn.functional import normalize
+from unchecked import unchecked
 
 import saelab as sl
 from saelab.corpora import EmbeddingSearch, embedding_search, rotate_toward, score_edit
@@ -174,7 +175,7 @@ def test_what_does_not_fit_is_refused(search, x, worded) -> None:
     for edits in ({M: 1.0}, {-1: 1.0}, {3: float("nan")}):
         with pytest.raises(ValueError, match="`edits` must"):
             search.edit(x[:1], edits)
-    with pytest.raises(ValueError, match="must have width 16"):
+    with pytest.raises(ValueError, match="finite rows of width 16"):
         search.edit(x[:1, :3], {1: 1.0})
     with pytest.raises(ValueError, match="`query` must be a row"):
         search.query(N)
@@ -186,7 +187,7 @@ def test_what_does_not_fit_is_refused(search, x, worded) -> None:
     with pytest.raises(ValueError, match="must leave something of every embedding, got 1 of 1"):
         search.edit(alone, {int(search.sae.encode(alone)[0].argmax()): 0.0})
     other, has = worded
-    with pytest.raises(ValueError, match="masks of the 800 documents"):
+    with pytest.raises(ValueError, match="each of the 800 documents"):
         score_edit(other, {}, has[:-1])
     with pytest.raises(ValueError, match="at least one of the target"):
         score_edit(other, {}, np.zeros(800, bool))
@@ -202,3 +203,33 @@ def test_embeddings_of_another_encoder_are_refused(x) -> None:
     with pytest.raises(ValueError, match="hook point"):
         EmbeddingSearch(sae, other)
     assert len(EmbeddingSearch(sae, other, allow_mismatch=True)) == N
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_saes_of_other_precisions_edit_alike(x, dtype) -> None:
+    search = EmbeddingSearch(make_sae(sl.AbsTopK(k=K)).to(dtype), x)
+    expected = EmbeddingSearch(make_sae(sl.AbsTopK(k=K)), x).edit(x[:4], {7: -2.0})
+    assert search.edit(x[:4], {7: -2.0}).dtype == torch.float32
+    torch.testing.assert_close(search.edit(x[:4], {7: -2.0}), expected, atol=0.05, rtol=0)
+    assert score_edit(search, {7: -2.0}, np.arange(N) < 40, n_queries=3).n_queries == 3
+
+
+def test_what_is_not_finite_and_masks_that_are_none_are_refused(search, x) -> None:
+    for wrong in (torch.full((D,), torch.nan), torch.full((D,), torch.inf), x[:1]):
+        with pytest.raises(ValueError, match=r"one embedding|finite rows"), unchecked():
+            search.query(wrong, {7: 1.0})
+    bad = x.clone()
+    bad[5, 0] = torch.nan
+    with pytest.raises(ValueError, match="must be finite"):
+        EmbeddingSearch(make_sae(), bad).query(0)
+    with pytest.raises(ValueError, match="one document alone"):
+        EmbeddingSearch(make_sae(), x[:1]).query(0)
+    with pytest.raises(ValueError, match="`top`"):
+        search.nearest(x[:1], 0)
+    target = np.arange(N) < 40
+    for masks in ({"target": target.astype(int)}, {"target": np.arange(N)}, {"target": target, "known": target * 1}):
+        with pytest.raises(ValueError, match="must be a mask"), unchecked():
+            score_edit(search, {7: 1.0}, **masks)
+    with unchecked():
+        listed = score_edit(search, {7: 1.0}, target.tolist(), known=target.tolist(), n_queries=5)
+    assert listed == score_edit(search, {7: 1.0}, target, known=target, n_queries=5)

@@ -204,7 +204,7 @@ def test_what_is_printed_and_saved(found, tmp_path) -> None:
 def test_settings_out_of_range_are_refused(planted, given) -> None:
     with pytest.raises(ValueError, match="`min_overlap` must be in"):
         find_families(planted, **given)
-    with pytest.raises(ValueError, match="`n_null` must be"):
+    with pytest.raises(ValueError, match="`n_null` and `seed` must be"):
         find_families(planted, n_null=-1)
 
 
@@ -213,3 +213,22 @@ def test_no_family_is_no_error(tmp_path) -> None:
     found = find_families(documents_of(codes, tmp_path), n_null=2)
     assert found.families == () and found.null_counts == (0, 0) and np.isnan(found.ratio)
     assert "0 families of 40 sides" in str(found) and found.score(documents_of(codes, tmp_path / "b")).inside == ()
+
+
+def test_a_family_of_all_sides_has_no_outside(tmp_path) -> None:
+    found = find_families(documents_of(plant(0), tmp_path), sides=[side(j) for j in range(4)], min_children=3, n_null=0)
+    [one] = found.families
+    assert one.inside > 0.2 and np.isnan(one.outside) and np.isnan(found.ratio) and "nan" in str(found)
+    assert np.isnan(found.score(documents_of(plant(1), tmp_path / "other")).ratio)
+
+
+def test_other_dictionaries_and_numbers_that_are_none_are_refused(tmp_path) -> None:
+    documents = documents_of(plant(0), tmp_path)
+    found = find_families(documents, n_null=0)
+    for width in (20, 22):
+        codes = np.pad(plant(1, 50), ((0, 0), (0, 1)))[:, :width]
+        with pytest.raises(ValueError, match="must have 21 features"):
+            found.score(documents_of(codes, tmp_path / str(width)))
+    for wrong in ({"min_excess": float("nan")}, {"seed": -1}):
+        with pytest.raises(ValueError, match="min_excess"):
+            find_families(documents, **wrong)

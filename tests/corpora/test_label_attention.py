@@ -8,10 +8,12 @@ import pytest
 import torch
 from corpora_made import harvest_codes
 from label_heads_made import DOCUMENTS, N_TOKENS, SIDES, D, make_documents
+from unchecked import unchecked
 
 import saelab as sl
 from saelab.corpora import LabelHead
 from saelab.corpora.coded_documents import CodedDocuments, attend
+from saelab.stores.files import save_tensors
 
 
 @pytest.fixture(scope="module")
@@ -155,3 +157,30 @@ def test_it_is_drawn_and_text_is_escaped(head, planted) -> None:
     told = bad.explain(planted[0], 0, DOCUMENTS, labels=bad.labels)
     for html in (bad._repr_html_(), told._repr_html_()):
         assert "<b>a</b>" not in html
+
+
+@pytest.mark.parametrize("tensors", [{"x": torch.zeros(3)}, {"features": torch.zeros(())}, {}])
+def test_weights_of_another_kind_are_refused(head, tmp_path, tensors) -> None:
+    head.save_pretrained(tmp_path / "head")
+    save_tensors(tmp_path / "head" / "label_head.safetensors", tensors)
+    with pytest.raises(ValueError, match="Was it replaced"):
+        LabelHead.from_pretrained(tmp_path / "head")
+
+
+def test_high_thresholds_decide_as_they_explain(head, planted) -> None:
+    codes, _, _ = planted
+    sure = replace(head, bias=torch.full((3,), 18.0), thresholds=torch.full((3,), 30.0))
+    told = sure.explain(codes, 0, DOCUMENTS, labels=sure.labels).labels
+    decided = dict(zip(sure.labels, sure.decide(sure.predict(codes, DOCUMENTS))[0].tolist(), strict=True))
+    assert decided == {one.label: one.predicted for one in told} == dict.fromkeys(sure.labels, False)
+
+
+def test_no_document_has_no_row_and_activations_are_finite_rows(head, planted) -> None:
+    codes, _, _ = planted
+    assert head.predict(codes[:0], DOCUMENTS[:0]).shape == (0, 3)
+    acts = np.zeros((len(codes), 4), np.float32)
+    assert CodedDocuments(codes, DOCUMENTS, torch.from_numpy(acts)).width == 4
+    acts[3, 2] = np.nan
+    for wrong in (acts, acts[:-1] * 0, acts[:, :1, None] * 0):
+        with pytest.raises(ValueError, match="finite row for each"), unchecked():
+            CodedDocuments(codes, DOCUMENTS, torch.from_numpy(wrong))

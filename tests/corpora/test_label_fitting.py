@@ -6,6 +6,7 @@ import torch
 from corpora_made import harvest_codes
 from label_heads_made import DOCUMENTS, N_DOCUMENTS, N_TOKENS, SIDES, D, make_documents
 from scipy.sparse import csr_matrix
+from unchecked import unchecked
 
 import saelab as sl
 from saelab.corpora import label_documents
@@ -144,3 +145,28 @@ def test_rare_labels_are_left_out_by_name(planted) -> None:
     rare = labels | {"rare": np.arange(N_DOCUMENTS) < 3, "nearly all": np.arange(N_DOCUMENTS) > 3}
     head = sl.label_head(codes, rare, DOCUMENTS, n_epochs=1, baselines=False)
     assert head.skipped == ("rare", "nearly all") and head.labels == tuple(SIDES)
+
+
+def test_settings_that_no_head_can_have_are_refused(planted) -> None:
+    codes, labels, _ = planted
+    for wrong in ({"reads": "words"}, {"l1": float("nan")}, {"l1": float("inf")}):
+        with pytest.raises(ValueError, match=r"`reads` must be|`l1` must be finite"), unchecked():
+            sl.label_head(codes, labels, DOCUMENTS, baselines=False, n_epochs=1, **wrong)
+    turned = TokenLabels.of(labels, doc_ids=np.arange(N_DOCUMENTS)[::-1])
+    with pytest.raises(ValueError, match="ascending order"):
+        sl.label_head(codes, turned, DOCUMENTS, baselines=False, n_epochs=1)
+    acts = torch.zeros(len(codes), 4)
+    acts[7, 1] = torch.inf
+    with pytest.raises(ValueError, match="`acts` must have a finite row"):
+        sl.label_head(codes, labels, DOCUMENTS, acts=acts, reads="activations", baselines=False, n_epochs=1)
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_it_learns_in_a_caller_s_mode_without_gradients(planted, mode) -> None:
+    codes, labels, _ = planted
+    with mode():
+        acts = torch.ones(len(codes), 3)
+        given = {"acts": acts, "reads": "activations", "n_epochs": 1, "baselines": False}
+        found = sl.label_head(codes, labels, DOCUMENTS, **given)
+        assert not torch.is_grad_enabled()
+    assert torch.equal(found.A, sl.label_head(codes, labels, DOCUMENTS, **given).A)

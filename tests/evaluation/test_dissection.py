@@ -7,6 +7,7 @@ import pytest
 import torch
 from corpora_made import harvest_codes
 from scipy.sparse import csr_matrix
+from unchecked import unchecked
 
 import saelab as sl
 from saelab.evaluation.dissection import PERMUTED, ROTATED, SCALED, SHIFTED, TURNED, dissect, draw_rotation
@@ -185,7 +186,7 @@ def test_it_prints_saves_and_draws(found, tmp_path) -> None:
         ({"min_count": 0}, "min_count"),
         ({"n_rotations": -1}, "n_rotations"),
         ({"min_count": 5000}, "must have a concept"),
-        ({"acts": torch.zeros(3, 2)}, "a row for each of the 6000 tokens"),
+        ({"acts": torch.zeros(3, 2)}, "a finite row for each of the 6000 tokens"),
         ({"baselines": {"short": np.zeros((3, 2))}}, "`short` must have a row"),
         ({"train_frac": 0.0}, "document on each side"),
     ],
@@ -204,3 +205,14 @@ def test_labels_need_documents_and_codes_rows(planted) -> None:
     sae = sl.SAE(sl.SAEConfig(d_in=4, d_sae=4, activation=sl.TopK(k=1)), seed=0)
     with pytest.raises(ValueError, match="goes with `acts`"):
         dissect(codes, labels, sae=sae)
+
+
+def test_activations_that_are_no_finite_rows_and_names_that_are_taken_are_refused(planted) -> None:
+    codes, labels = planted
+    acts = torch.zeros(N, 4)
+    acts[3, 2] = torch.nan
+    for wrong in (acts, torch.zeros(N - 1, 4), torch.zeros(N, 1, 4)):
+        with pytest.raises(ValueError, match="`acts` must have a finite row for each"), unchecked():
+            dissect(codes, labels, acts=wrong, quantile=0.05, n_rotations=1)
+    with pytest.raises(ValueError, match="names that no other row has"):
+        dissect(codes, labels, baselines={SHIFTED: codes}, quantile=0.05)

@@ -12,6 +12,7 @@ from dictionaries import sae_of
 from scipy.sparse import csr_matrix
 from sklearn.cluster import SpectralClustering
 from sklearn.metrics import adjusted_mutual_info_score as ami
+from unchecked import unchecked
 
 import saelab as sl
 from saelab.geometry.group_agreement import cosine_contrast
@@ -162,3 +163,14 @@ def test_wrong_input_is_refused(codes, saes):
             sl.lobes(z, saes["near"], **kwargs)
     with pytest.raises(ValueError, match="features of the SAE"):
         sl.lobes(z[:, 1:], saes["near"], doc_ids=DOCS)
+
+
+def test_documents_in_pieces_unknown_affinities_and_saes_that_are_not_finite_are_refused(codes, saes, rng):
+    order = rng.permutation(len(DOCS))
+    with pytest.raises(ValueError, match="one after another"):
+        sl.lobes(codes[0][order], saes["near"], doc_ids=DOCS[order], **FEW)
+    with pytest.raises(ValueError, match="`affinity` must be one of"), unchecked():
+        sl.lobes(codes[0], saes["near"], doc_ids=DOCS, affinity="cosine", **FEW)
+    broken = sae_of(torch.full((D_SAE, D_IN), torch.nan))
+    with pytest.raises(ValueError, match="must be finite"):
+        sl.lobes(codes[0], saes["near"], doc_ids=DOCS, baselines={"broken": (codes[0], broken)}, **FEW)

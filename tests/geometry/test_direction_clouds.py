@@ -74,3 +74,10 @@ def test_wrong_input_is_refused(draw):
         sl.galaxy(sae_of(torch.randn(50, 16, generator=draw)))
     with pytest.raises(ValueError, match="at least one, got 0"):
         sl.galaxy({})
+
+
+def test_directions_that_are_not_finite_are_refused(draw):
+    rows = torch.randn(200, D, generator=draw)
+    rows[3, 3] = torch.nan
+    with pytest.raises(ValueError, match="must be finite"):
+        sl.galaxy(sae_of(rows), n_draws=1)

@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
+from unchecked import unchecked
 
 import saelab as sl
 from saelab.geometry.relation_crystals import HELD_OUT, OUT, RANDOM, RAW
@@ -105,3 +106,34 @@ def test_wrong_input_is_refused(rng):
     ):
         with pytest.raises(ValueError, match=match):
             sl.crystals(x, **{"pairs": PAIRS, "names": NAMES} | kwargs)
+
+
+def test_exact_translations_and_few_pairs_have_an_analysis(rng):
+    """Covariances within relations are 0, or of fewer ranks than dimensions."""
+    a, steps = rng.integers(-5, 5, (20, 30)), np.repeat(rng.integers(-5, 5, (2, 30)), 10, axis=0)
+    pairs = [(i, i + 20) for i in range(20)]
+    found = sl.crystals(np.vstack([a, a + steps]).astype(float), {"first": pairs[:10], "second": pairs[10:]})
+    assert found.at(HELD_OUT).contrast == pytest.approx(2) and found.at(RAW).contrast > 0.9
+    few = {name: [(6 * r + 2 * i, 6 * r + 2 * i + 1) for i in range(3)] for r, name in enumerate(("a", "b"))}
+    assert np.isfinite(sl.crystals(rng.standard_normal((12, 9)), few).at(HELD_OUT).contrast)
+
+
+def test_equal_words_have_no_cosine_and_leave_the_others(rng):
+    x = rng.standard_normal((9, 9))
+    pairs = {"same": [(0, 0), (0, 0), (0, 0)], "other": [(3, 4), (5, 6), (7, 8)]}
+    found = sl.crystals(x, pairs)
+    assert np.isnan(found.relations[0].cosine_permuted) and np.isfinite(found.relations[1].cosine)
+    with pytest.raises(ValueError, match="different vectors"):
+        sl.crystals(x * 0, pairs)
+
+
+def test_precision_names_and_distractors_are_read_or_refused(rng):
+    x = plant(rng, "translation")
+    half = sl.crystals(torch.from_numpy(x).bfloat16(), PAIRS, names=NAMES)
+    assert half.at(RAW).contrast == pytest.approx(sl.crystals(x, PAIRS, names=NAMES).at(RAW).contrast, abs=0.01)
+    with pytest.raises(ValueError, match="must vary with the vectors"):
+        sl.crystals(x, PAIRS, names=NAMES, distractors=np.ones(len(x)))
+    with pytest.raises(ValueError, match="`names` must differ"):
+        sl.crystals(x, PAIRS, names=[*NAMES[:-1], NAMES[0]])
+    with pytest.raises(ValueError, match="n_words, d"), unchecked():
+        sl.crystals(x[:, 0], PAIRS, names=NAMES)

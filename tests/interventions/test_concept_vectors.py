@@ -174,3 +174,21 @@ def test_minilm_steered_by_a_prompt_moves_its_neighbors() -> None:
         with sl.steer_module(at, vector, 1.0, unit="norm"):
             near = (nn.functional.normalize(embed(query)) @ known.T)[0].topk(4).indices
         assert sum(thing in texts[i] for i in near) >= 3
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("pooling", ["mean", "max", "last", None])
+def test_saes_of_other_precisions_write_the_same_in_float32(encoder, pooling, dtype) -> None:
+    given = {"at": "encoder.layer.0", "tokenizer": encoder[1], "pooling": pooling}
+    own = sl.concept_vector(make_sae(sl.AbsTopK(k=4)), encoder[0], "dog cat", **given)
+    other = sl.concept_vector(make_sae(sl.AbsTopK(k=4)).to(dtype), encoder[0], "dog cat", **given)
+    assert other.vector.dtype == other.codes.dtype == torch.float32
+    torch.testing.assert_close(other.vector, own.vector, atol=0.03 * float(own.vector.abs().max()), rtol=0)
+
+
+def test_activations_that_are_not_finite_make_no_vector() -> None:
+    layer = nn.Linear(16, 16)
+    with pytest.raises(ValueError, match="must be finite"):
+        sl.concept_vector(make_sae(), layer, torch.full((1, 3, 16), torch.nan), at=layer)
+    with pytest.raises(TypeError, match="`k` must be an integer"), unchecked():
+        sl.concept_vector(make_sae(), layer, torch.ones(1, 3, 16), at=layer, k=2.5)

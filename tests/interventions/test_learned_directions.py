@@ -144,3 +144,29 @@ def test_what_cannot_be_fitted_is_refused() -> None:
     wide = sl.SAE(sl.SAEConfig(d_in=8, d_sae=40))
     with pytest.raises(ValueError, match="must have the width"):
         sl.learn_direction(model, TEXTS, at=POINT, sae=wide, n_steps=0, progress=False)
+
+
+def test_texts_and_targets_without_a_loss_are_refused(tiny) -> None:
+    own = {"at": POINT, "n_steps": 1, "progress": False}
+    for wrong in ([*TEXTS[:5], " "], "a text in place of a list"):
+        with pytest.raises(ValueError, match="`texts` must be lists of texts"):
+            sl.learn_direction(tiny, wrong, **own)
+    with pytest.raises(ValueError, match="`contrast` must be lists of texts"):
+        sl.learn_direction(tiny, TEXTS, contrast=([], ["a"]), **own)
+    with pytest.raises(ValueError, match="different mean activations"):
+        sl.learn_direction(tiny, TEXTS, contrast=(["a"], ["a"]), **own)
+    model, tokenizer = make_encoder()
+    texts, given = ["dog cat", "cat ran", "a dog", "the cat"], {"at": "encoder.layer.0", "tokenizer": tokenizer}
+    with pytest.raises(ValueError, match="width of the embeddings, 16, got 9"):
+        sl.learn_direction(model, texts, torch.ones(4, 9), n_steps=1, progress=False, **given)
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_it_learns_in_a_caller_s_mode_without_gradients(tiny, mode) -> None:
+    own = {"at": POINT, "n_steps": 2, "progress": False}
+    expected = sl.learn_direction(tiny, TEXTS, **own)
+    with mode():
+        found = sl.learn_direction(tiny, TEXTS, **own)
+        assert not torch.is_grad_enabled()
+    np.testing.assert_array_equal(found.vector, expected.vector)
+    assert found.rows == expected.rows

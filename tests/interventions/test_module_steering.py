@@ -1,5 +1,6 @@
 """Vectors added at any module: exact against plain arithmetic, where they are asked for, and nothing left behind."""
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -147,3 +148,24 @@ def test_what_cannot_be_steered_is_refused(layer) -> None:
     ):
         with unchecked(), pytest.raises(ValueError, match=message), sl.steer_module(layer, vector, **how):
             pass
+
+
+def test_float64_is_not_rounded_and_what_is_no_tensor_of_floats_is_refused(layer) -> None:
+    x, v = draw(2, 3, D).double() / 3, draw(D, seed=1)
+    with sl.steer_module(layer.double(), v, 0.5):
+        assert torch.equal(layer(x), x + 0.5 * v.double())
+    with pytest.raises(TypeError, match=r"torch\.int64"), sl.steer_module(nn.Flatten(0, 0), v) as module:
+        module(torch.ones(2, D, dtype=torch.long))
+    for wrong in (v.numpy(), v.tolist()):
+        with pytest.raises(TypeError, match="`vector` must be a tensor"), unchecked(), sl.steer_module(layer, wrong):
+            pass
+
+
+def test_booleans_are_a_mask_or_refused_and_never_positions_0_and_1(layer) -> None:
+    mask = np.array([True, False, True])
+    with unchecked(), sl.steer_module(layer, torch.ones(D), where=mask):
+        assert (layer(x := draw(1, 3, D)) != x).any(-1)[0].tolist() == mask.tolist()
+    refused = (mask.tolist(), [0.5], 1, torch.tensor([0, 2]), torch.tensor([1.0, 0.0, 1.0]))
+    for wrong in refused:
+        with pytest.raises(TypeError, match=r"`positions` must be|must be a mask"), unchecked():
+            sl.Intervention(sl.Direction(torch.ones(D), "blocks.0.hook_out"), 1.0, where=wrong)

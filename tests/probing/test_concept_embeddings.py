@@ -67,3 +67,8 @@ def test_it_is_the_same_from_sparse_codes_and_rare_concepts_are_skipped(planted,
     assert again.skipped == ("rare",) and again.rows == found.rows and "spread" in str(again)
     with pytest.raises(ValueError, match="min_count"):
         embed_concepts(codes, {"rare": np.arange(N) < 3}, DOCUMENTS)
+
+
+def test_codes_that_never_fire_are_refused(planted) -> None:
+    with pytest.raises(ValueError, match="a feature that fires"):
+        embed_concepts(np.zeros((N, D)), planted[1], DOCUMENTS)

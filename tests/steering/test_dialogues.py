@@ -129,3 +129,12 @@ def test_bad_input_is_refused(tiny) -> None:
     ):
         with unchecked(), pytest.raises(ValueError, match=message):
             converse(tiny, **{"says": SAYS, "n_tokens": 2} | options)
+
+
+def test_nothing_said_is_refused_and_seeds_of_numpy_are_saved(tiny, tmp_path) -> None:
+    with pytest.raises(ValueError, match="at least one text"):
+        converse(tiny, [])
+    with unchecked():
+        found = converse(tiny, ["a"], n_tokens=1, seed=np.int64(3))
+    found.save(tmp_path / "dialogue.json")
+    assert found.to_dict()["seed"] == 3

@@ -103,3 +103,12 @@ def test_bad_input_is_refused(tiny, trait) -> None:
     ):
         with pytest.raises(ValueError, match=message):
             monitor(tiny, text, traits, **options)
+
+
+def test_traits_of_another_model_or_of_no_direction_are_refused(tiny, trait) -> None:
+    """A level along no direction is NaN, which would be told to lie outside of chance."""
+    nothing = trait_vector(tiny, [("a", "a"), ("b", "b")], progress=False)
+    narrow = trait_vector(tiny_model(d_model=16), PAIRS, progress=False)
+    for wrong, norm in ((nothing, "width 32 and norm 0 "), (narrow, "width 16 ")):
+        with pytest.raises(ValueError, match=norm):
+            monitor(tiny, "I am glad", wrong)

@@ -123,10 +123,18 @@ def test_a_trait_comes_back_from_its_file(tiny, tmp_path: Path) -> None:
         {"more": 1},
         {"differences": [[1.0]]},
         {"hook_point": "blocks.9.hook_out"},
+        {"name": 3},
+        {"seed": None},
+        {"p": "x"},
+        {"n_pairs": True},
+        {"rows": [data["rows"][0] | {"cosine": "a"}]},
     ):
         (tmp_path / "bad.json").write_text(json.dumps(data | change))
         with pytest.raises(ValueError, match=r"json must (be a trait|have one)"):
             Trait.load(tmp_path / "bad.json")
+    (tmp_path / "bad.json").write_text(json.dumps(data | {"differences": [[None] * 32] * 3}))
+    with pytest.raises(ValueError, match="finite vectors"):
+        Trait.load(tmp_path / "bad.json")
     with pytest.raises(ValueError, match="was read at"):
         read.vector("blocks.7.hook_resid_post")
 
@@ -138,6 +146,7 @@ def test_a_trait_comes_back_from_its_file(tiny, tmp_path: Path) -> None:
         ({"pairs": ["ab", "cd"]}, "two or more"),
         ({"read": "first"}, "`read` must be one of"),
         ({"n_exchanges": 0}, "at least 1"),
+        ({"questions": "How are you?"}, "a list of texts"),
         ({"hook_points": ["blocks.77.hook_resid_post"]}, "blocks.77"),
         ({"pairs": [(" ", "a"), ("b", "c")]}, "blank"),
     ],

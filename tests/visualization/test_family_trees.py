@@ -13,7 +13,7 @@ FAMILY = Family(
     names=("birds", "", "<script>", "owls"), above=(-1, -1, -1, 0), inside=0.5, outside=0.01, excess=9.0, q=0.02,
 )  # fmt: skip
 FOUND = FeatureFamilies(
-    n_documents=100, sides=np.zeros((9, 2), np.int64), min_overlap=0.1, null_counts=(1,), families=(FAMILY,)
+    n_documents=100, d_sae=9, sides=np.zeros((9, 2), np.int64), min_overlap=0.1, null_counts=(1,), families=(FAMILY,)
 )
 
 

@@ -55,3 +55,12 @@ def test_crystals_are_bars_beside_their_nulls():
             assert bar.y[i] + bar.error_y.array[i] == pytest.approx(max(draws))
             assert bar.y[i] - bar.error_y.arrayminus[i] == pytest.approx(min(draws))
     assert draw_picture(figure)[:4] == b"\x89PNG"
+
+
+def test_names_are_shown_literally():
+    name = "<b>$x$</b>"
+    drawn = plot_galaxy(sl.galaxy({name: sl.SAE(sl.SAEConfig(d_in=32, d_sae=100), seed=0)}, n_draws=1))
+    lobes = sl.lobes(CODES, SAE, (2,), baselines={name: (CODES, SAE)}, doc_ids=DOCS, window=5, n_draws=1)
+    for figure in (drawn, plot_lobes(lobes)):
+        shown = [str(line.name) for line in figure.data] + [figure.layout.title.text]
+        assert any("&lt;b&gt;&#36;x" in one for one in shown) and not any(name in one for one in shown)
