@@ -61,7 +61,7 @@ def test_effects_through_a_head_are_what_the_weights_say(architecture: str) -> N
     node = int(np.flatnonzero(graph.is_kind("feature") & (graph.layers == 0) & (graph.positions == 4))[0])
     split = split_by_head(graph, model, coders, node, layer=0)
     ids = torch.from_numpy(graph.token_ids)[None]
-    twin = copy.deepcopy(hook_points_of(model).plain)
+    twin = copy.deepcopy(hook_points_of(model).running)
     twin.set_attn_implementation("eager")
     names = ["blocks.0.hook_in", "blocks.0.ln2.hook_in"]
     x, middle = (one[0].double() for one in sl.lm.capture(model, ids, names).values())

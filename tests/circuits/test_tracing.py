@@ -80,7 +80,7 @@ def test_edges_are_what_the_weights_say() -> None:
     model = sl.lm.tiny_model(n_layers=2)
     coders = cover(model)
     graph = trace(model, coders, PROMPT, targets=[70, 80])
-    theirs = hook_points_of(model).plain
+    theirs = hook_points_of(model).running
     assert theirs is not None
     block, ids = theirs.model.layers[0], torch.from_numpy(graph.token_ids)[None]
     with torch.no_grad():
@@ -147,7 +147,7 @@ def test_effects_through_an_mlp_are_what_the_weights_say(name: str) -> None:
     x, before = (
         one[0, at].double() for one in sl.lm.capture(model, ids, ["blocks.0.hook_in", "blocks.0.ln2.hook_in"]).values()
     )
-    twin = hook_points_of(model).plain
+    twin = hook_points_of(model).running
     assert twin is not None
     with torch.no_grad():
         if name == "gpt2":
@@ -181,7 +181,7 @@ def test_an_sae_of_experts_needs_a_transcoder() -> None:
 
 def find_pattern(model: Any, ids: Tensor) -> Tensor:
     """(n_heads, n, n) attention of the first layer, by Hugging Face's own eager attention."""
-    twin = copy.deepcopy(hook_points_of(model).plain)
+    twin = copy.deepcopy(hook_points_of(model).running)
     assert twin is not None
     twin.set_attn_implementation("eager")
     return twin(ids, output_attentions=True, use_cache=False).attentions[0][0].double()

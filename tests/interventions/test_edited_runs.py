@@ -41,7 +41,7 @@ def test_layers_below_an_edit_are_computed_once_for_each_text(runs, tiny, monkey
     monkeypatch.setattr(edited_runs, "LEAST_RUNS", 24)
     runs.run(edits, rows)
     computed = []
-    lowest = hook_points_of(tiny).plain.model.layers[0].self_attn
+    lowest = hook_points_of(tiny).running.model.layers[0].self_attn
     right = type(lowest).forward
 
     def count(module, *args, **kwargs):
