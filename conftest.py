@@ -1,5 +1,6 @@
 """Fixtures and doctest names for the whole repository."""
 
+import gc
 import os
 import signal
 import sys
@@ -11,6 +12,10 @@ from typing import Any
 # Many small products: more threads only get in each other's way, and those of numpy spin while another process works.
 for variable in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
     os.environ.setdefault(variable, "1")
+
+# Each process that tests start would compile all of saelab that it imports, and each run of pytest its rewritten tests.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+sys.dont_write_bytecode = False
 
 import numpy as np
 import pytest
@@ -49,6 +54,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if left_out:
         config.hook.pytest_deselected(items=left_out)
         items[:] = [item for item in items if item not in set(left_out)]
+
+
+def pytest_collection_finish() -> None:
+    """Garbage is looked for among what tests make, not each time among all that was imported and collected for them."""
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -1,4 +1,4 @@
-"""Embedding against the encoder's own rate, and the size of a feature store of a million documents.
+"""Embedding against the encoder's own rate, the size of a feature store of a million documents, and its families.
 
     python benchmarks/documents.py --encoder FOLDER_OF_MINILM --n-texts 4096 --json runs/documents.json
 
@@ -6,12 +6,15 @@ First: `embed` into a folder against the encoder's own `encode` of the same text
 warming up, medians of the turns and of their ratio. A folder of sentence-transformers needs that package; without
 `--encoder` a random BERT of MiniLM's shape stands in for it, whose own rate is a plain loop over batches sorted by
 length. Then `harvest` of synthetic codes, `--k` features a document of `--d-sae`: bytes a document, without texts and
-with texts of ten words, and seconds to read features again.
+with texts of ten words, and seconds to read features again. Then `find_families` of such a store with four times the
+features, in a process of its own: seconds and the largest memory, with draws of permuted documents and without.
 """
 
 import argparse
 import json
 import re
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -29,6 +32,15 @@ from saelab.lm.documents import read_documents
 from saelab.lm.text_encoders import by_length, load_text_encoder, pool
 from saelab.lm.tokenizers import SpecialWords, word_tokenizer
 
+FAMILIES = """
+import json, resource, sys, time
+import saelab as sl
+start, cpu = time.perf_counter(), time.process_time()
+found = sl.corpora.find_families(sl.FeatureStore.load(sys.argv[1]), n_null=int(sys.argv[2]))
+peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # KiB on Linux
+print(json.dumps({"s": time.perf_counter() - start, "cpu s": time.process_time() - cpu, "GiB": peak,
+                  "sides": len(found.sides), "families": len(found.families)}))
+"""
 STORIES = Path(__file__).resolve().parents[1] / ".." / "shared" / "data" / "tinystories" / "tinystories.txt"
 
 
@@ -146,6 +158,20 @@ def measure_store(n: int, d_sae: int, k: int, with_texts: bool) -> dict[str, flo
     return found | {"ms_a_feature": 1e3 * read / len(chosen), "firings_read": n_read}
 
 
+def measure_families(n: int, d_sae: int, k: int) -> dict[str, float]:
+    """Families of all features, as a process that does nothing else finds them."""
+    acts = sl.embed(torch.zeros(n, 2), progress=False)
+    with tempfile.TemporaryDirectory() as folder:
+        sl.harvest(synthetic_sae(d_sae, k), None, acts, folder, progress=False)
+        found: dict[str, float] = {"documents": n, "features": d_sae}
+        for draws in (0, 3):
+            told = subprocess.run(
+                [sys.executable, "-c", FAMILIES, folder, str(draws)], check=True, capture_output=True, text=True
+            )
+            found |= {f"{name}, {draws} draws": value for name, value in json.loads(told.stdout).items()}
+    return found
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--encoder", help="folder of a text encoder")
@@ -154,16 +180,18 @@ def main() -> None:
     parser.add_argument("--n-documents", type=int, default=1_000_000)
     parser.add_argument("--d-sae", type=int, default=6144)
     parser.add_argument("--k", type=int, default=16)
-    parser.add_argument("--only", choices=("embedding", "store"))
+    parser.add_argument("--only", choices=("embedding", "store", "families"))
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     torch.set_num_threads(1)
     found: dict[str, Any] = {}
-    if args.only != "store":
+    if args.only in (None, "embedding"):
         found["embedding"] = measure_embedding(args.encoder, args.n_texts, args.turns)
-    if args.only != "embedding":
+    if args.only in (None, "store"):
         for name, with_texts in (("store", False), ("store with texts", True)):
             found[name] = measure_store(args.n_documents, args.d_sae, args.k, with_texts)
+    if args.only in (None, "families"):
+        found["families"] = measure_families(args.n_documents, 4 * args.d_sae, args.k)
     for name, numbers in found.items():
         print(name, *(f"  {key}: {value:,.4g}" for key, value in numbers.items()), sep="\n")
     if args.json is not None:

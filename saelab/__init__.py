@@ -13,6 +13,7 @@ if TYPE_CHECKING:
         evaluation as evaluation,
         explorer as explorer,
         functional as functional,
+        geometry as geometry,
         interop as interop,
         interventions as interventions,
         labels as labels,
@@ -30,10 +31,18 @@ if TYPE_CHECKING:
     from saelab.collecting.collection import collect as collect, stream as stream
     from saelab.collecting.embedding import embed as embed
     from saelab.collecting.harvesting import harvest as harvest
+    from saelab.corpora.label_fitting import label_head as label_head
+    from saelab.evaluation.dissection import dissect as dissect
     from saelab.evaluation.evaluation import evaluate as evaluate
     from saelab.explorer.launch import explore as explore
+    from saelab.geometry.cofiring_lobes import lobes as lobes
+    from saelab.geometry.direction_clouds import galaxy as galaxy
+    from saelab.geometry.relation_crystals import crystals as crystals
+    from saelab.interventions.concept_vectors import concept_vector as concept_vector
     from saelab.interventions.directions import Direction as Direction
     from saelab.interventions.interventions import Intervention as Intervention
+    from saelab.interventions.learned_directions import learn_direction as learn_direction
+    from saelab.interventions.module_steering import steer_module as steer_module
     from saelab.interventions.steering_hooks import splice as splice, steer as steer
     from saelab.lm.generation import generate as generate
     from saelab.lm.masks import TokenMask as TokenMask

@@ -2,24 +2,15 @@
 
     python scripts/measure_geometry.py --out geometry.json
 
-Lobes are clusters of features that fire in the same windows of 32 tokens (spectral, on phi + 1 and on max(phi, 0)).
-`AMI` compares them with clusters of decoder rows, z against permuted clusters; `accuracy` is balanced, of a logistic
-regression from decoder rows to lobes; `meaning` is the AMI of lobes with the topic or state that each feature agrees
-with best (Cohen's kappa, in other stories). An untrained SAE shows what follows from similar rows alone.
-
-Galaxy: slope of log eigenvalues of the rows' covariance on log ranks 10 to min(150, .8 d), R2 of that power law and of
-an exponential, and clustering entropy in nats, that of a Gaussian less that by nearest neighbors in 100 principal
-dimensions; its bias is that of Gaussian rows of equal covariance.
-
-Crystals: mean cosine of differences of word pairs within a relation less that across relations: raw, without directions
-of distractors (topics, states, frequency, position), and in the space of a linear discriminant analysis (LDA), of the
-pairs that it was fitted on and of held-out ones. `SAE` takes the decoder row of the feature that is best for a word,
-and `differ` is the share of pairs whose words have two.
+Lobes (`sl.lobes`): clusters of features that fire in the same windows of 32 tokens of unseen stories, as clusters of
+directions (contrast of cosines, AMI) and of meanings (the topic or state that a feature agrees with best in other
+stories). Galaxy (`sl.galaxy`): spectrum and clumps of directions, by layer for one seed. Crystals (`sl.crystals`):
+differences of word pairs, of mean activations by word, and of the decoder row of the feature that is best for a word;
+distractors are topics, states, position and log frequency. An untrained SAE shows what follows from its activations.
 """
 
 import argparse
-import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +22,8 @@ from objectives.shared import FIRST_STORY, HOOK, format_table, labeled_activatio
 from saelab.evaluation.feature_classifiers import encode_csr
 from saelab.functional.metrics import exact
 from saelab.functional.statistics import kappa
+from saelab.geometry.lobe_results import Lobes
+from saelab.geometry.relation_crystals import RANDOM, Crystals
 from saelab.sae.initialization import make_untrained
 from saelab.stores.files import write_json
 from saelab.synthetic import lexicon as lex
@@ -39,10 +32,7 @@ from saelab.synthetic.tales import generate_stories
 from saelab.synthetic.vocabulary import VOCABULARY
 
 D_SAE, K = 1024, 16
-WINDOW = 32
-N_LABELED = 1200  # stories; lobes are of the first two thirds, meanings of the rest
-N_PERMUTED, N_CRYSTAL_DRAWS, N_FOLDS = 100, 10, 5
-ENTROPY_DIMS, SHORTEST, SAME = 100, 1e-2, 1e-9
+N_LABELED = 1200  # stories that lobes are measured on
 RELATIONS: dict[str, Mapping[str, str]] = {
     "young-of": lex.YOUNG,
     "home-of": lex.HOMES,
@@ -63,207 +53,64 @@ def train(acts: sl.Activations, n_tokens: int, seed: int, folder: Path) -> sl.SA
     return sl.SAE.from_pretrained(folder)
 
 
-# ---- lobes
-def measure_lobes(sae: sl.SAE, x: torch.Tensor, labels: Any, ks: Sequence[int], seed: int) -> dict[str, dict]:
-    """Figures by kind of affinity and number of clusters."""
-    from sklearn.metrics import adjusted_mutual_info_score as ami
-
-    fires = encode_csr(sae, x) != 0
-    early = labels.doc_ids < N_LABELED * 2 // 3
-    present = windows_of(fires[early], labels.doc_ids[early])
-    live = (present.sum(0) >= 10) & (present.sum(0) <= len(present) - 10)
-    phi = np.corrcoef(present[:, live].T)
-    meanings = best_concepts(fires[~early][:, live], labels.matrix[~early])
-    rows = exact(sae.W_dec).numpy()[live]
-    rng = np.random.default_rng(seed)
-    random = rng.standard_normal(rows.shape)
-    found: dict[str, dict] = {}
-    for k in ks:
-        near, near_random = (cluster(angular(r), k, seed) for r in (rows, random))
-        for name, affinity in (("phi + 1", phi + 1), ("max(phi, 0)", phi.clip(min=0))):
-            lobes = cluster(affinity, k, seed)
-            found[f"{name}, k {k}"] = {
-                "largest": float(np.bincount(lobes).max() / len(lobes)),
-                "AMI": float(ami(lobes, near)),
-                "z": permutation_z(lobes, near, rng),
-                "AMI, random rows": float(ami(lobes, near_random)),
-                "accuracy": predict_lobes(rows, lobes, seed),
-                "acc., random rows": predict_lobes(random, lobes, seed),
-                "meaning": float(ami(lobes, meanings)),
-                "meaning, permuted": float(ami(lobes, rng.permutation(meanings))),
-                "meaning of row clusters": float(ami(near, meanings)),
-            }
-    return found
+def list_lobes(name: str, found: Lobes) -> dict[str, dict[str, float]]:
+    """Figures of each number of lobes, for a table."""
+    rows = {}
+    for score in found.scores:
+        rows[f"{name}, {found.affinity}, {score.n_lobes}"] = {
+            "contrast": score.contrast,
+            "z": score.contrast_z,
+            "z, Gaussian": float(np.mean(score.contrast_z_random)),
+            "AMI": score.ami,
+            "AMI z": score.ami_z,
+            "AMI, Gaussian": float(np.mean(score.ami_random)),
+            "of halves": score.ami_halves,
+            "of starts": score.ami_starts,
+            "accuracy": score.accuracy,
+            "acc., Gaussian": score.accuracy_random,
+            "meaning": score.meaning,
+            "permuted": score.meaning_permuted,
+            "of directions": score.meaning_directions,
+        }
+    return rows
 
 
-def windows_of(fires: Any, doc_ids: np.ndarray) -> np.ndarray:
-    """(n_windows, d_sae) of 0 and 1: in which windows each feature fires; no window spans two stories."""
-    from scipy.sparse import csr_matrix
-
-    place = np.arange(len(doc_ids)) - np.searchsorted(doc_ids, doc_ids)
-    windows = np.unique(doc_ids * 1000 + place // WINDOW, return_inverse=True)[1]
-    member = csr_matrix((np.ones(len(windows)), (windows, np.arange(len(windows)))))
-    return ((member @ fires) > 0).toarray().astype(np.float64)
-
-
-def best_concepts(fires: Any, truth: Any) -> np.ndarray:
-    """For each feature the concept whose tokens it agrees with best."""
-    fires, truth = fires.astype(np.float64), truth.astype(np.float64)
-    n_fires, n_true = np.asarray(fires.sum(0)).ravel(), np.asarray(truth.sum(0)).ravel()
-    return np.argmax(np.nan_to_num(kappa((fires.T @ truth).toarray(), n_fires[:, None], n_true, fires.shape[0])), 1)
+def list_crystals(name: str, found: Crystals) -> dict[str, dict[str, float]]:
+    """Figures of each treatment of vectors, for a table."""
+    rows = {}
+    for score in found.scores:
+        figures = {"pairs": score.contrast, "differ": found.n_differ / found.n_pairs}
+        for null in ("permuted_pairs", "permuted_relations"):
+            figures[null] = float("nan" if score.space == RANDOM else np.mean(getattr(score, null)))
+        rows[f"{name}, {score.space}"] = figures
+    return rows
 
 
-def angular(rows: np.ndarray) -> np.ndarray:
-    unit = rows / np.linalg.norm(rows, axis=1, keepdims=True)
-    return 1 - np.arccos((unit @ unit.T).clip(-1, 1)) / np.pi
+def list_galaxy(found: Any) -> dict[str, dict[str, float]]:
+    """Figures of each cloud, for a table."""
+    names = ("slope", "r2_power", "r2_exponential", "clustering")
+    rows = {}
+    for row in found.rows:
+        for name, clouds in {"SAE": (row.cloud,), **row.nulls}.items():
+            rows[f"{row.name} {name}"] = {key: float(np.mean([getattr(one, key) for one in clouds])) for key in names}
+    return rows
 
 
-def cluster(affinity: np.ndarray, k: int, seed: int) -> np.ndarray:
-    from sklearn.cluster import SpectralClustering
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # max(phi, 0) need not be connected
-        return SpectralClustering(k, affinity="precomputed", random_state=seed).fit_predict(affinity)
-
-
-def permutation_z(a: np.ndarray, b: np.ndarray, rng: np.random.Generator) -> float:
-    """z of the AMI; of equal sizes of clusters AMI is linear in the mutual information, which is quicker."""
-    from sklearn.metrics import mutual_info_score
-
-    null = [mutual_info_score(a, rng.permutation(b)) for _ in range(N_PERMUTED)]
-    return float((mutual_info_score(a, b) - np.mean(null)) / np.std(null))
-
-
-def predict_lobes(rows: np.ndarray, lobes: np.ndarray, seed: int) -> float:
-    """Balanced accuracy on a fifth of the features; lobes of less than ten are left out."""
-    from sklearn.linear_model import LogisticRegression
-    from sklearn.metrics import balanced_accuracy_score
-    from sklearn.model_selection import train_test_split
-    from sklearn.preprocessing import scale
-
-    kept = np.bincount(lobes)[lobes] >= 10
-    x, y = scale(rows[kept]), lobes[kept]
-    x, x_test, y, y_test = train_test_split(x, y, test_size=0.2, stratify=y, random_state=seed)
-    fitted = LogisticRegression(C=0.01, max_iter=1000, class_weight="balanced").fit(x, y)
-    return float(balanced_accuracy_score(y_test, fitted.predict(x_test)))
-
-
-# ---- galaxy
-def measure_galaxy(rows: np.ndarray) -> dict[str, float]:
-    variances, axes = np.linalg.eigh(np.cov(rows.T))
-    variances = variances[::-1].clip(min=1e-12)
-    ranks = np.arange(10, min(150, int(0.8 * rows.shape[1])) + 1)
-    power, exponential = np.log10(ranks), ranks.astype(float)
-    y = np.log10(variances[ranks - 1])
-    top = rows @ axes[:, ::-1][:, :ENTROPY_DIMS]
-    gaussian = (np.log(variances[:ENTROPY_DIMS]) + 1 + np.log(2 * np.pi)).sum() / 2
-    return {
-        "slope": float(np.polyfit(power, y, 1)[0]),
-        "R2, power": float(np.corrcoef(power, y)[0, 1] ** 2),
-        "R2, exponential": float(np.corrcoef(exponential, y)[0, 1] ** 2),
-        "clustering entropy": float(gaussian) - neighbor_entropy(top),
-    }
-
-
-def neighbor_entropy(rows: np.ndarray) -> float:
-    """Kozachenko and Leonenko's estimate of the entropy from distances to the nearest neighbor, in nats."""
-    from scipy.special import digamma, gammaln
-    from sklearn.neighbors import NearestNeighbors
-
-    n, d = rows.shape
-    distances = NearestNeighbors(n_neighbors=2).fit(rows).kneighbors(rows)[0][:, 1].clip(min=SHORTEST)
-    ball = d / 2 * np.log(np.pi) - gammaln(d / 2 + 1)
-    return float(digamma(n) - digamma(1) + ball + d * np.log(distances).mean())
-
-
-def galaxies(sae: sl.SAE, untrained: sl.SAE, acts: sl.Activations, seed: int) -> dict[str, dict[str, float]]:
-    """Figures of decoder rows, and of as many rows that say what they would be without structure."""
-    rng = np.random.default_rng(seed)
-    rows = exact(sae.W_dec).numpy()
-    x = exact(acts[torch.from_numpy(rng.choice(len(acts), len(rows), replace=False))]).numpy()
-    clouds = {
-        "SAE": rows,
-        "Gaussian, same covariance": rng.multivariate_normal(rows.mean(0), np.cov(rows.T), len(rows)),
-        "isotropic Gaussian": rng.standard_normal(rows.shape) / np.sqrt(rows.shape[1]),
-        "untrained SAE": exact(untrained.W_dec).numpy(),
-        "activations": x,
-    }
-    return {name: measure_galaxy(cloud) for name, cloud in clouds.items()}
-
-
-# ---- crystals
 def word_features(sae: sl.SAE, acts: sl.Activations, ids: np.ndarray) -> np.ndarray:
     """(n_words, d_in) the decoder row of the feature that agrees best with each word."""
     from scipy.sparse import csr_matrix
 
-    words = csr_matrix((np.ones(len(ids), bool), (np.arange(len(ids)), ids)), shape=(len(ids), len(VOCABULARY)))
-    best = best_concepts(words, encode_csr(sae, acts[:]) != 0)
-    return exact(sae.W_dec).numpy()[best]
+    words = csr_matrix((np.ones(len(ids)), (np.arange(len(ids)), ids)), shape=(len(ids), len(VOCABULARY)))
+    fires = (encode_csr(sae, acts[:]) != 0).astype(np.float64)
+    n_words, n_fires = (np.asarray(one.sum(0)).ravel() for one in (words, fires))
+    agrees = kappa((words.T @ fires).toarray(), n_words[:, None], n_fires, len(ids))
+    return exact(sae.W_dec).numpy()[np.nan_to_num(agrees).argmax(1)]
 
 
 def mean_by_word(values: np.ndarray, ids: np.ndarray) -> np.ndarray:
     counts = np.bincount(ids, minlength=len(VOCABULARY)).clip(min=1)
     found = torch.zeros(len(VOCABULARY), values.shape[1], dtype=torch.float64)
     return found.index_add_(0, torch.from_numpy(ids).long(), torch.from_numpy(values)).numpy() / counts[:, None]
-
-
-def measure_crystals(
-    vectors: np.ndarray, covariates: np.ndarray, weights: np.ndarray, seed: int
-) -> dict[str, dict[str, float]]:
-    """Figures of the pairs, of second words permuted within their relation, and of permuted relations."""
-    place = {word: i for i, word in enumerate(VOCABULARY)}
-    pairs = [(place[a], place[b], r) for r, found in enumerate(RELATIONS.values()) for a, b in found.items()]
-    first, second, relation = np.array(pairs).T
-    weights = weights.copy()
-    weights[np.concatenate([first, second])] = 0  # the distractors must not hold the relations
-    spread = (covariates - np.average(covariates, 0, weights)) * weights[:, None]
-    basis = np.linalg.qr((vectors - np.average(vectors, 0, weights)).T @ spread)[0]
-    cleaned = vectors - vectors @ basis @ basis.T
-    rng = np.random.default_rng(seed)
-
-    def measure(b: np.ndarray, groups: np.ndarray) -> dict[str, float]:
-        d, clean = vectors[b] - vectors[first], cleaned[b] - cleaned[first]
-        found = {"differ": float((np.linalg.norm(d, axis=1) > SAME).mean())}
-        found |= {"raw": contrast(d, d, groups, groups), "distractors out": contrast(clean, clean, groups, groups)}
-        return found | discriminate(d, groups, seed)
-
-    def permuted() -> np.ndarray:
-        return second[np.lexsort((rng.random(len(second)), relation))]
-
-    draws = {
-        "permuted pairs": [measure(permuted(), relation) for _ in range(N_CRYSTAL_DRAWS)],
-        "permuted relations": [measure(second, rng.permutation(relation)) for _ in range(N_CRYSTAL_DRAWS)],
-    }
-    nulls = {name: {key: float(np.mean([one[key] for one in many])) for key in many[0]} for name, many in draws.items()}
-    return {"pairs": measure(second, relation), **nulls}
-
-
-def contrast(a: np.ndarray, b: np.ndarray, of_a: np.ndarray, of_b: np.ndarray) -> float:
-    """Mean cosine of rows of equal groups less that of different ones; a row is not compared with itself."""
-    norms = [np.linalg.norm(rows, axis=1) for rows in (a, b)]
-    cosines = (a @ b.T) / np.outer(*norms).clip(min=1e-12)
-    known = np.outer(*(n > SAME for n in norms))  # words that share a feature have no difference
-    if a is b:
-        np.fill_diagonal(known, False)
-    same = of_a[:, None] == of_b
-    return float(cosines[known & same].mean() - cosines[known & ~same].mean())
-
-
-def discriminate(d: np.ndarray, groups: np.ndarray, seed: int) -> dict[str, float]:
-    """The contrast in the space of a linear discriminant analysis of these differences, and of others."""
-    from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
-    from sklearn.model_selection import StratifiedKFold
-
-    def project(train: np.ndarray) -> np.ndarray:
-        fitted = LinearDiscriminantAnalysis(solver="eigen", shrinkage="auto").fit(d[train], groups[train])
-        return d @ fitted.scalings_[:, : len(RELATIONS) - 1]
-
-    inside = project(np.arange(len(d)))
-    held = []
-    for train, test in StratifiedKFold(N_FOLDS, shuffle=True, random_state=seed).split(d, groups):
-        rows = project(train)
-        held.append(contrast(rows[test], rows[train], groups[test], groups[train]))
-    return {"LDA, fitted": contrast(inside, inside, groups, groups), "LDA, held out": float(np.mean(held))}
 
 
 def main() -> None:
@@ -273,6 +120,7 @@ def main() -> None:
     parser.add_argument("--n-collected", type=int, default=300_000, help="tokens of text")
     parser.add_argument("--n-tokens", type=int, default=400_000, help="to train each SAE on")
     parser.add_argument("--ks", type=int, nargs="+", default=[2, 4, 8, 16], help="numbers of lobes")
+    parser.add_argument("--affinities", nargs="+", default=["cosine + 1", "max(cosine, 0)"])
     parser.add_argument("--kept", type=Path, default=Path("runs/geometry"), help="folder of SAEs")
     parser.add_argument("--out", type=Path, help="everything as JSON")
     args = parser.parse_args()
@@ -296,24 +144,36 @@ def main() -> None:
         for name, at in (("embedding", "hook_embed"), ("layer 2", HOOK))
     }
     tables: dict[str, Rows] = {"lobes": {}, "galaxy": {}, "crystals": {}}
+
+    def add(table: str, rows: dict[str, dict[str, float]]) -> None:
+        for name, figures in rows.items():
+            tables[table].setdefault(name, []).append(figures)
+
+    pairs = {name: list(found.items()) for name, found in RELATIONS.items()}
+    settings: dict[str, Any] = {"names": VOCABULARY, "distractors": covariates, "weights": counts}
     for name, vectors in spaces.items():
-        for row, figures in measure_crystals(vectors, covariates, counts, 0).items():
-            tables["crystals"][f"{name}, {row}"] = [figures]
+        found = sl.crystals(vectors, pairs, **settings)
+        print(f"\n{name}: {found}")
+        add("crystals", list_crystals(name, found))
     for seed in args.seeds:
+        layers = {}
         for hook in hooks if seed == args.layer_seed else [HOOK]:
             layer = hook.split(".")[1]
-            sae = train(collected[hook], args.n_tokens, seed, args.kept / f"layer-{layer}-{seed}")
-            untrained = make_untrained(sae, collected[hook][:10_000], seed=100 + seed)
-            for name, figures in galaxies(sae, untrained, collected[hook], seed).items():
-                tables["galaxy"].setdefault(f"{layer} {name}", []).append(figures)
-            if hook != HOOK:
-                continue
-            for kind, one in (("SAE", sae), ("untrained", untrained)):
-                for name, figures in measure_lobes(one, x, labels, args.ks, seed).items():
-                    tables["lobes"].setdefault(f"{kind}, {name}", []).append(figures)
-                found = measure_crystals(word_features(one, acts, ids), covariates, counts, seed)
-                for name, figures in found.items():
-                    tables["crystals"].setdefault(f"{kind}, {name}", []).append(figures)
+            layers[f"layer {layer}"] = train(collected[hook], args.n_tokens, seed, args.kept / f"layer-{layer}-{seed}")
+        sae = layers[f"layer {HOOK.split('.')[1]}"]
+        untrained = make_untrained(sae, acts[:10_000], seed=100 + seed)
+        cloud = sl.galaxy(layers, seed=seed)
+        print(cloud)
+        add("galaxy", list_galaxy(cloud))
+        coded = {"SAE": (encode_csr(sae, x), sae), "untrained": (encode_csr(untrained, x), untrained)}
+        for affinity in args.affinities:
+            baselines = {"untrained": coded["untrained"]}
+            lobed = sl.lobes(*coded["SAE"], args.ks, labels=labels, baselines=baselines, affinity=affinity, seed=seed)
+            print(lobed)
+            add("lobes", list_lobes("SAE", lobed) | list_lobes("untrained", lobed.baselines["untrained"]))
+        for name, (_, one) in coded.items():
+            found = sl.crystals(word_features(one, acts, ids), pairs, seed=seed, **settings)
+            add("crystals", list_crystals(name, found))
         print(f"\nseeds so far: {args.seeds[: args.seeds.index(seed) + 1]}")
         for title, rows in tables.items():
             print(f"\n{title}\n{format_table(rows)}", flush=True)

@@ -2,38 +2,30 @@
 
     python scripts/measure_label_attention.py --out label_attention.json
 
-As in DILA (arXiv:2409.10504): documents are stories of `tales`, their labels what is true of some token (its topics,
-registers, facts, names, traits), several a story. A head has a matrix A of features by labels: a label attends to the
-tokens by the softmax of z A over the story, and a logistic regression reads the attended mean of the activations. An
-L1 penalty on A leaves few features a label. The paper trains SAE and head together; here the SAE is trained before and
-stays as it is. No SAE saw the stories: three fifths to learn from, a fifth to choose each label's threshold on (by
-Cohen's kappa), a fifth to measure on.
+`sl.label_head` (arXiv:2409.10504; the SAE is trained before and stays as it is). "tales": labels are what is true of
+some token of a story (its topics, registers, facts, names, traits), several a story. "codes": medical codes as far as
+they can be planted in vectors: a document of 120 tokens of 40 background directions; each of 60 codes has three
+directions, and a document with the code has one to three tokens with one of them, half of them shared with another
+code; the rates of codes fall as 1 / rank, from .3 to .005. No SAE saw the documents.
 
-    features      that a label keeps: entries of A other than 0
-    attention     share of a label's attention on tokens of which it is true, in stories that have it
-    own F1        F1 of the feature with the largest A (|A| of activations), by its largest code in the story
-    in kept       labels whose best feature by that F1 (`score_concepts` on largest codes) is among those with A not 0
-
-Beside it: the same head on an untrained SAE's codes, on the activations themselves ("x"), without attention (all tokens
-alike) and with the stories' labels permuted; logistic regressions on the largest codes; the best single feature.
+    attention   of a label on tokens of which it is true (codes: the planted ones), in documents that have it
+    own share   share of the contributions to its logit that come from these tokens
 """
 
 import argparse
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
-from torch.nn.functional import binary_cross_entropy_with_logits, embedding_bag
 
+import saelab as sl
 from measure_dissection import format_rows, read_stories, trained_sae
 from objectives.shared import FIRST_STORY, HOOK, tales_activations
-from saelab.evaluation import encode_csr, score_concepts
-from saelab.functional.statistics import choose_threshold, f1, fit_probe
-from saelab.lm.token_labels import Concept, TokenLabels
+from saelab.corpora import LabelHead, label_documents
+from saelab.evaluation import encode_csr
+from saelab.lm.token_labels import TokenLabels
 from saelab.sae.initialization import make_untrained
 from saelab.stores.files import write_json
 
@@ -41,209 +33,128 @@ KINDS = ("topic", "register", "fact", "relation", "role", "pole", "one-sided", "
 NAMES = ("girl name", "boy name")  # whose words are who is in the story
 RATES = (0.03, 0.6)  # share of stories that have a label
 D_SAE, K = 512, 16
-BATCH, WEIGHT_DECAY = 32, 1e-4
+D_IN, N_CODES, N_DIRECTIONS, N_BACKGROUND, N_TOKENS = 64, 60, 3, 40, 120
 
 
-@dataclass(frozen=True)
-class Documents:
-    """Stories as tokens, and what each is labeled with."""
-
-    raw: Tensor  # (n_tokens, d_in), activations as the SAE reads them
-    x: Tensor  # the same with mean 0 and mean square 1
-    z: Any  # codes of the tokens, scipy csr, or None for the activations themselves
-    starts: np.ndarray  # first token of each story, and the end of the last
-    y: Tensor  # (n_stories, n_labels)
-    labels: TokenLabels
-
-    def rows(self, stories: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """Tokens of stories, padded, and where there are any."""
-        first, last = (torch.from_numpy(one)[torch.as_tensor(stories), None] for one in (self.starts, self.starts[1:]))
-        rows = first + torch.arange(int((last - first).max()))
-        return rows * (rows < last), rows < last
-
-    def largest(self) -> np.ndarray:
-        """The largest code of each feature in each story; of activations also the largest of -x, in columns behind."""
-        if self.z is None:
-            x = self.x.numpy()
-            return np.hstack([np.maximum.reduceat(side * x, self.starts[:-1], axis=0) for side in (1, -1)])
-        return np.vstack([self.z[i:j].max(0).toarray() for i, j in zip(self.starts, self.starts[1:], strict=False)])
-
-    @property
-    def n_features(self) -> int:
-        return int(self.x.shape[1] if self.z is None else self.z.shape[1])
+def read_tales(n_stories: int, first: int) -> tuple[torch.Tensor, TokenLabels, TokenLabels]:
+    """Activations of words, what is true of each, and labels of the stories, those that neither few nor most have."""
+    acts, tokens = read_stories(n_stories, first, [HOOK])
+    stories = label_documents(tokens)
+    meant = np.array([one.kind in KINDS or one.parent in NAMES for one in stories.concepts])
+    rates = np.asarray(stories.matrix.mean(0)).ravel()
+    chosen = np.flatnonzero(meant & (RATES[0] <= rates) & (rates <= RATES[1]))
+    names = [stories.names[i] for i in chosen]
+    return acts[HOOK], *(TokenLabels.of(one.matrix[:, chosen], names, one.doc_ids) for one in (tokens, stories))
 
 
-def read_documents(n_stories: int, first: int) -> Documents:
-    """Words of stories, the concepts of each, and labels of the stories, those that neither few nor most have."""
-    acts, labels = read_stories(n_stories, first, [HOOK])
-    x, documents = acts[HOOK], labels.require_documents()
-    starts = np.append(np.flatnonzero(np.diff(documents, prepend=-1)), len(documents))
-    y = np.maximum.reduceat(labels.matrix.toarray().astype(np.uint8), starts[:-1], axis=0)
-    meant = np.array([one.kind in KINDS or one.parent in NAMES for one in labels.concepts])
-    chosen = np.flatnonzero(meant & (RATES[0] <= y.mean(0)) & (y.mean(0) <= RATES[1]))
-    # parents and opposites that are no labels here would be asked for
-    own = TokenLabels.of(labels.matrix[:, chosen], [Concept(labels.concepts[i].name) for i in chosen], documents)
-    center = x - x.mean(0)
-    found = torch.from_numpy(y[:, chosen]).float()
-    return Documents(x, center / center.square().mean().sqrt(), None, starts, found, own)
+def plant_codes(n_documents: int, seed: int) -> tuple[torch.Tensor, TokenLabels, TokenLabels]:
+    """Vectors of tokens, which code's evidence each token is, and the codes of the documents."""
+    world = np.random.default_rng(0)  # one for all seeds
+    basis = world.normal(size=(N_BACKGROUND + N_CODES * N_DIRECTIONS, D_IN))
+    basis /= np.linalg.norm(basis, axis=1, keepdims=True)
+    of_code = N_BACKGROUND + np.arange(N_CODES * N_DIRECTIONS).reshape(N_CODES, N_DIRECTIONS)
+    of_code[1::2, 0] = of_code[::2, 0]  # a sign of two codes is evidence of neither alone
+    rng = np.random.default_rng(1 + seed)
+    rates = np.maximum(0.3 / np.arange(1, N_CODES + 1), 0.005)
+    y = rng.random((n_documents, N_CODES)) < rates
+    words = rng.integers(N_BACKGROUND, size=(n_documents, N_TOKENS))
+    marks = np.zeros((n_documents, N_TOKENS, N_CODES), bool)
+    for i, c in zip(*y.nonzero(), strict=True):
+        own = of_code[c, 1:]  # one at least that is this code's alone
+        for n, at in enumerate(rng.choice(N_TOKENS, int(rng.integers(1, 4)), replace=False)):
+            words[i, at] = rng.choice(own if n == 0 else of_code[c])
+            marks[i, at], marks[i, at, c] = False, True
+    x = basis[words] * rng.uniform(1, 2, (n_documents, N_TOKENS, 1)) + 0.5 * basis[rng.permuted(words, axis=1)]
+    x = x.reshape(-1, D_IN) + 0.05 * rng.normal(size=(n_documents * N_TOKENS, D_IN))
+    documents = np.repeat(np.arange(n_documents), N_TOKENS)
+    names = [f"code {c}" for c in range(N_CODES)]
+    y = marks.any(1)
+    tokens = TokenLabels.of(marks.reshape(-1, N_CODES), names, documents)
+    return torch.from_numpy(x).float(), tokens, TokenLabels.of(y, names)
 
 
-@dataclass(frozen=True)
-class Split:
-    """Numbers of the stories to learn from, to choose thresholds on, and to measure on."""
-
-    learned: np.ndarray
-    chosen: np.ndarray
-    held: np.ndarray
-
-
-class LabelHead(torch.nn.Module):
-    """Attention of each label to a story's tokens by their features, and a logistic regression of what it gives."""
-
-    def __init__(self, n_features: int, d_in: int, n_labels: int, seed: int) -> None:
-        super().__init__()
-        draws = torch.randn(d_in, n_labels, generator=torch.Generator().manual_seed(seed))
-        self.A = torch.nn.Parameter(torch.zeros(n_features, n_labels))
-        self.W = torch.nn.Parameter(0.1 * draws)
-        self.b = torch.nn.Parameter(torch.full((n_labels,), -2.0))
-
-    def forward(self, text: Documents, stories: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
-        """Logits (n_stories, n_labels); attention (n_stories, n_tokens, n_labels); the tokens that it is of."""
-        rows, there = text.rows(stories)
-        flat = rows[there]
-        if text.z is None:
-            own = text.x[flat] @ self.A
-        else:
-            part = text.z[flat.numpy()]
-            ids, begins = (torch.from_numpy(one.astype(np.int64)) for one in (part.indices, part.indptr[:-1]))
-            own = embedding_bag(ids, self.A, begins, mode="sum", per_sample_weights=torch.from_numpy(part.data))
-        scores = torch.full((*there.shape, self.A.shape[1]), -torch.inf).masked_scatter(there[..., None], own)
-        attention = scores.softmax(1)
-        # W first: (tokens, labels) in place of an attended vector for every label
-        read = (text.x[rows] @ self.W * attention).sum(1)
-        return read + self.b, attention, rows
+def make_saes(world: str, x: torch.Tensor, n_tokens: int, seed: int) -> tuple[sl.SAE, sl.SAE]:
+    """A trained SAE and an untrained one."""
+    if world == "tales":
+        sae = trained_sae(D_SAE, K, n_tokens, seed)
+        return sae, make_untrained(sae, tales_activations()[:10_000], seed=100 + seed)
+    other = plant_codes(1500, 1000 + seed)[0]  # documents of their own
+    cfg = sl.SAEConfig(d_in=D_IN, d_sae=256, activation=sl.TopK(k=4))
+    sae = sl.SAE(cfg, seed).fit(other, sl.TrainConfig(n_tokens=n_tokens, batch_size=512, seed=seed), progress=False)
+    return sae, make_untrained(sae, other[:10_000], seed=100 + seed)
 
 
-def train_head(text: Documents, stories: np.ndarray, args: argparse.Namespace, l1: float, seed: int) -> LabelHead:
-    """A head that learned from some stories; an infinite `l1` leaves it without attention."""
-    head = LabelHead(text.n_features, text.x.shape[1], text.y.shape[1], seed)
-    parts = [{"params": [head.A, head.b]}, {"params": [head.W], "weight_decay": WEIGHT_DECAY}]
-    optimizer = torch.optim.Adam(parts, lr=args.lr)
-    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.05, args.n_epochs)
-    rng, n_steps = np.random.default_rng(seed), 0
-    for _ in range(args.n_epochs):
-        for batch in np.array_split(rng.permutation(stories), len(stories) // BATCH):
-            optimizer.zero_grad()
-            loss = binary_cross_entropy_with_logits(head(text, batch)[0], text.y[batch], reduction="none")
-            loss.sum(1).mean().backward()
-            optimizer.step()
-            n_steps += 1
-            # the penalty's proximal step in Adam's metric, in which a zero stays where the gradient is below `l1`
-            metric = (optimizer.state[head.A]["exp_avg_sq"] / (1 - 0.999**n_steps)).sqrt() + 1e-8
-            with torch.no_grad():
-                size = (head.A.abs() - schedule.get_last_lr()[0] * l1 / metric).clamp(min=0)
-                head.A.copy_(head.A.sign() * size)
-        schedule.step()
-    return head
+def explain(head: LabelHead, codes: Any, x: torch.Tensor, tokens: TokenLabels) -> dict[str, float]:
+    """Attention and contributions on tokens of which a label is true, in 60 documents that have some."""
+    documents = tokens.require_documents()
+    marks, inside, shares = tokens.matrix.tocsr(), [], []
+    for document in np.unique(documents)[-60:].tolist():
+        rows = np.flatnonzero(documents == document)
+        own = [name for name in head.labels if marks[rows][:, [tokens.names.index(name)]].nnz]
+        if not own:
+            continue
+        told = head.explain(codes, document, documents, labels=own, acts=x, n_top=len(rows))
+        for one in told.labels:
+            c = tokens.names.index(one.label)
+            true = set(rows[marks[rows][:, [c]].toarray()[:, 0]].tolist())
+            inside.append(sum(token.attention for token in one.tokens if token.index in true))
+            shares.append(sum(token.share for token in one.tokens if token.index in true))
+    return {"attention": float(np.mean(inside)), "own share": float(np.mean(shares))}
 
 
-@torch.no_grad()
-def read_head(head: LabelHead, text: Documents) -> tuple[np.ndarray, np.ndarray]:
-    """Logits of all stories; share of attention on tokens of which the label is true, NaN for stories without it."""
-    logits, shares = [], []
-    truth = torch.from_numpy(text.labels.matrix.toarray())
-    for batch in np.array_split(np.arange(len(text.y)), len(text.y) // BATCH):
-        out, attention, rows = head(text, batch)
-        inside = (attention * truth[rows]).sum(1)
-        logits.append(out)
-        shares.append(torch.where(text.y[batch] > 0, inside, torch.nan))
-    return torch.cat(logits).numpy(), torch.cat(shares).numpy()
-
-
-def score_labels(scores: np.ndarray, y: np.ndarray, split: Split) -> dict[str, float]:
-    """Micro and macro F1 on held-out stories, with a threshold for each label from others."""
-    cuts = [choose_threshold(scores[split.chosen, c], y[split.chosen, c])[0] for c in range(y.shape[1])]
-    guess, true = scores[split.held] >= np.array(cuts), y[split.held]
-    counts = np.stack([(guess & true).sum(0), guess.sum(0), true.sum(0)])
-    return {"micro F1": float(f1(*counts.sum(1))), "macro F1": float(f1(*counts).mean())}
-
-
-def find_best(codes: Any, labels: TokenLabels) -> np.ndarray:
-    """The best feature for each label, -1 where there is none."""
-    rows = score_concepts(codes, labels, min_count=5).concepts
-    return np.array([-1 if row.feature is None else row.feature for row in rows])
-
-
-def explain(head: LabelHead, text: Documents, split: Split, largest: np.ndarray, best: np.ndarray) -> dict[str, float]:
-    """How many features a label keeps, and whether they are the label's by their own F1."""
-    weights = head.A.detach().numpy()
-    # a label attends to a feature where A is positive; to activations with either sign
-    labels, top = np.arange(weights.shape[1]), (np.abs(weights) if text.z is None else weights).argmax(0)
-    most = weights[top, labels]
-    columns = top + (most < 0) * len(weights) if text.z is None else np.where(most > 0, top, -1)
-    own = np.where(columns >= 0, largest[:, columns], 0)
-    return {
-        "features": float((weights != 0).sum(0).mean()),
-        "own F1": score_labels(own, text.y.numpy() > 0, split)["macro F1"],
-        "in kept": float((weights[best % len(weights), labels] != 0).mean()),
+def measure(world: str, args: argparse.Namespace, seed: int) -> dict[str, dict[str, float]]:
+    """Figures by method, of one SAE, one sample of documents and one split."""
+    first = FIRST_STORY + 14_000_000 + 10_000 * seed
+    x, tokens, labels = read_tales(args.n_documents, first) if world == "tales" else plant_codes(args.n_documents, seed)
+    sae, untrained = make_saes(world, x, args.n_tokens, seed)
+    codes, others, documents = encode_csr(sae, x), encode_csr(untrained, x), tokens.require_documents()
+    rates = np.asarray(labels.matrix.mean(0)).ravel()
+    print(
+        f"{world}, seed {seed}: {labels.n_tokens:,} documents, {len(x):,} tokens, {len(labels)} labels, "
+        f"{rates.sum():.1f} a document",
+        flush=True,
+    )
+    found: dict[str, dict[str, float]] = {}
+    given: Mapping[str, dict[str, Any]] = {
+        "codes": {"baselines": True, "untrained": others},
+        "activations": {"reads": "activations"},
+        **{f"codes, l1 {l1:g}": {"l1": l1} for l1 in args.l1},
     }
-
-
-def measure(text: Documents, args: argparse.Namespace, seed: int) -> dict[str, dict[str, float]]:
-    """Figures by method, of one SAE and one split of the stories."""
-    sae = trained_sae(D_SAE, K, args.n_tokens, seed)
-    saes = {"SAE": sae, "untrained": make_untrained(sae, tales_activations()[:10_000], seed=100 + seed), "x": None}
-    rng = np.random.default_rng(seed)
-    order = rng.permutation(len(text.y))
-    split = Split(*np.split(order, [len(order) * 3 // 5, len(order) * 4 // 5]))
-    known, y = np.concatenate([split.learned, split.chosen]), text.y.numpy() > 0
-    found = {"always": score_labels(np.zeros(y.shape), y, split)}
-    for name, made in saes.items():
-        z = None if made is None else encode_csr(made, text.raw)
-        one = replace(text, z=None if z is None else (z / z.data.mean()).astype(np.float32).tocsr())
-        largest = one.largest()
-        best = find_best(largest[known], TokenLabels.of(y[known], text.labels.concepts, known))
-        found[f"{name}, best feature"] = score_labels(largest[:, best], y, split)
-        pooled = torch.from_numpy(largest).float()
-        probe = fit_probe(pooled[split.learned], text.y[split.learned], standardize=True)
-        found[f"{name}, largest codes"] = score_labels(probe(pooled).numpy(), y, split)
-        given = {f"{name}, l1 {l1:g}": (one, l1) for l1 in args.l1}
-        if name == "SAE":
-            moved = replace(one, y=text.y[torch.from_numpy(rng.permutation(len(y)))])
-            given[f"{name}, permuted"] = (moved, args.l1[0])
-        if name == "x":
-            given["no attention"] = (one, np.inf)
-        for title, (read, l1) in given.items():
-            head = train_head(read, split.learned, args, l1, seed)
-            scores, inside = read_head(head, read)
-            found[title] = score_labels(scores, read.y.numpy() > 0, split)
-            found[title]["attention"] = float(np.nanmean(inside[split.held]))
-            found[title] |= explain(head, read, split, largest, best) if l1 < np.inf else {}
-            print(f"seed {seed}  {title:<26}" + "  ".join(f"{k} {v:.3f}" for k, v in found[title].items()), flush=True)
+    for title, settings in given.items():
+        how = {"acts": x, "baselines": False, "seed": seed} | settings
+        head = sl.label_head(codes, labels, documents, **how)
+        for score in head.scores:
+            name = f"head on {title}" if score.name == "head" else score.name
+            found[name] = {
+                "micro F1": score.micro_f1,
+                "macro F1": score.macro_f1,
+                "AUROC": score.auroc,
+                "features": score.n_features,
+            }
+        found[f"head on {title}"] |= explain(head, codes, x, tokens)
+    how = {"acts": x, "baselines": False, "seed": seed, "reads": "activations"}
+    score = sl.label_head(others, labels, documents, **how).scores[0]
+    found["untrained SAE, activations"] = {
+        "micro F1": score.micro_f1, "macro F1": score.macro_f1, "AUROC": score.auroc, "features": score.n_features
+    }  # fmt: skip
     return found
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--n-stories", type=int, default=800, help="three fifths of them to learn from")
+    parser.add_argument("--worlds", nargs="+", choices=("tales", "codes"), default=["tales", "codes"])
+    parser.add_argument("--n-documents", type=int, default=800, help="three quarters of them to learn from")
     parser.add_argument("--n-tokens", type=int, default=400_000, help="tokens that each SAE is trained on")
-    parser.add_argument("--l1", type=float, nargs="+", default=[0.01, 0.0], help="the first also with labels permuted")
-    parser.add_argument("--lr", type=float, default=0.05)
-    parser.add_argument("--n-epochs", type=int, default=16)
+    parser.add_argument("--l1", type=float, nargs="+", default=[0.001, 0.03], help="other penalties, codes alone")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--out", type=Path, help="everything as JSON")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    text = read_documents(args.n_stories, FIRST_STORY + 14_000_000)
-    n, n_labels = text.y.shape
-    print(
-        f"{n:,} stories of {len(text.x) / n:.0f} tokens, {n_labels} labels, {float(text.y.sum(1).mean()):.1f} a story: "
-        + ", ".join(text.labels.names)
-    )
-    tables = [measure(text, args, seed) for seed in args.seeds]
-    print(format_rows({title: [table[title] for table in tables] for title in tables[0]}))
+    tables = {world: [measure(world, args, seed) for seed in args.seeds] for world in args.worlds}
+    for world, found in tables.items():
+        print(f"\n{world}\n" + format_rows({title: [table[title] for table in found] for title in found[0]}))
     if args.out:
-        write_json(args.out, {"labels": text.labels.names, "seeds": args.seeds, "tables": tables})
+        write_json(args.out, {"seeds": args.seeds, "tables": tables})
 
 
 if __name__ == "__main__":

@@ -8,9 +8,10 @@ are the queries, all others are searched. `kept` is the share of a query's ten n
 are among the ten found, `in 100` among the hundred found (which a second look at the embeddings could sort). Codes are
 those of SAEs trained on the sentences that are searched: `index` searches them by `CodeIndex` (binarized or with
 magnitudes in 8 bits, weighted by idf or not), `decoded` compares the reconstructions, of which the same codes are
-stored. `untrained` has random rows. Bytes are those of a sentence: of everything that the index holds, of the codes or
-the vectors for others, without their codebooks. PQ and the quantized inverted file (IVFPQ, 64 cells of
-which 8 are read) are faiss's, run by the Python in which it is installed.
+stored (a code is a 16-bit number and a float16). `untrained` has random rows. Bytes are those of a sentence: of
+everything that the index holds, of the codes or the vectors for others, without their codebooks. PQ and the quantized
+inverted file (IVFPQ, 64 cells of which 8 are read) are faiss's, run by the Python in which it is installed. What was
+measured is kept in the file of `--out` after each seed, and the same command goes on from there.
 
 `speed`: milliseconds a query among a million codes of 16 features of 8,192, on one thread: densities alike, by Zipf's
 law (exponent .7), and scipy's product with the same matrix; the median and the largest of 100 queries.
@@ -44,17 +45,15 @@ import json, sys
 import faiss, numpy as np
 faiss.omp_set_num_threads(1)
 given = np.load(sys.argv[1])
-rows, queries = given["rows"], given["queries"]
-found = {}
-for m in (8, 16, 32, 48, 96):
-    for name, made in ((f"PQ {m}", f"PQ{m}"), (f"IVFPQ {m}", f"IVF64,PQ{m}")):
-        index = faiss.index_factory(rows.shape[1], made, faiss.METRIC_INNER_PRODUCT)
-        index.train(rows); index.add(rows)
-        if name.startswith("IVF"):
-            index.nprobe = 8
-        found[name] = {"bytes": m + 8 * name.startswith("IVF"), "near": index.search(queries, 100)[1].tolist()}
-json.dump(found, open(sys.argv[2], "w"))
+index = faiss.index_factory(given["rows"].shape[1], sys.argv[3], faiss.METRIC_INNER_PRODUCT)
+if sys.argv[3].startswith("IVF"):
+    index.nprobe = 8
+index.train(given["rows"])
+index.add(given["rows"])
+json.dump(index.search(given["queries"], 100)[1].tolist(), open(sys.argv[2], "w"))
 """
+FAISS_INDEXES = {"PQ8": 8, "PQ16": 16, "PQ32": 32, "PQ64": 64, "IVF64,PQ32": 40}
+"""bytes of a vector by index; an inverted file holds its number, too"""
 
 
 def main() -> None:
@@ -81,14 +80,23 @@ def main() -> None:
 def measure_kept(args: argparse.Namespace) -> None:
     rows, queries = read(args)
     true = nearest(rows, queries, N_NEAREST)
-    print(f"{len(rows):,} sentences, {len(queries):,} queries, width {rows.shape[1]}")
-    table: dict[str, list[dict[str, float]]] = {}
-    for name, (size, near) in dense_rows(rows, queries).items():
-        table[name] = [score(true, near, size)]
-    if args.faiss:
-        for name, row in run_faiss(args.faiss, rows, queries).items():
-            table[name] = [score(true, torch.tensor(row["near"]), float(row["bytes"]))]
-    for seed in args.seeds:
+    asked = {name: getattr(args, name) for name in ("n_tokens", "d_sae", "ks")}
+    asked |= {"sentences": len(rows), "queries": len(queries), "faiss": bool(args.faiss)}
+    found: dict[str, Any] = {"asked": asked, "seeds": [], "rows": {}}
+    if args.out.exists():
+        found = json.loads(args.out.read_text())
+        if found["asked"] != asked:
+            raise SystemExit(f"{args.out} was begun with {found['asked']}, this is {asked}; give another --out.")
+    table: dict[str, list[dict[str, float]]] = found["rows"]
+    print(f"{len(rows):,} sentences, {len(queries):,} queries, width {rows.shape[1]}", flush=True)
+    if not table:
+        table |= {name: [score(true, near, size)] for name, (size, near) in dense_rows(rows, queries).items()}
+    for name, size in FAISS_INDEXES.items() if args.faiss else ():
+        if name not in table:
+            table[name] = [score(true, run_faiss(args.faiss, name, rows, queries), float(size))]
+            write_json(args.out, found)
+            print(f"{name} done", flush=True)
+    for seed in [seed for seed in args.seeds if seed not in found["seeds"]]:
         for k in args.ks:
             for kind, activation in (("TopK", sl.TopK(k=k)), ("AbsTopK", sl.AbsTopK(k=k))):
                 cfg = sl.SAEConfig(d_in=rows.shape[1], d_sae=args.d_sae, activation=activation)
@@ -98,9 +106,10 @@ def measure_kept(args: argparse.Namespace) -> None:
                 add_codes(table, f"{kind} {k}", sae, rows, queries, true)
                 if kind == "TopK":
                     add_codes(table, f"untrained {k}", make_untrained(sae, rows[:8192], seed=seed), rows, queries, true)
+        found["seeds"].append(seed)
+        write_json(args.out, found)
         print(f"seed {seed} done", flush=True)
     print(format_table(dict(sorted(table.items(), key=lambda item: item[1][0]["bytes"]))))
-    write_json(args.out, table)
 
 
 def read(args: argparse.Namespace) -> tuple[torch.Tensor, torch.Tensor]:
@@ -141,17 +150,17 @@ def dense_rows(rows: torch.Tensor, queries: torch.Tensor) -> dict[str, tuple[flo
     }
     axes = torch.linalg.svd(rows - mean, full_matrices=False).Vh
     for n in (8, 16, 32, 64):
-        flat = [((x - mean) @ axes[:n].T).half().float() for x in (rows, queries)]
-        found[f"PCA {n}, float16"] = 2.0 * n, nearest(flat[0], flat[1], N_FOUND)
+        x_hat = mean + ((rows - mean) @ axes[:n].T).half().float() @ axes[:n]
+        found[f"PCA {n}, float16"] = 2.0 * n, nearest(x_hat, queries, N_FOUND)
     return found
 
 
-def run_faiss(python: str, rows: torch.Tensor, queries: torch.Tensor) -> dict[str, Any]:
+def run_faiss(python: str, name: str, rows: torch.Tensor, queries: torch.Tensor) -> torch.Tensor:
     with tempfile.TemporaryDirectory() as folder:
         given, found = Path(folder, "given.npz"), Path(folder, "found.json")
         np.savez(given, rows=rows.numpy(), queries=queries.numpy())
-        subprocess.run([python, "-c", FAISS, str(given), str(found)], check=True)
-        return dict(json.loads(found.read_text()))
+        subprocess.run([python, "-c", FAISS, str(given), str(found), name], check=True)
+        return torch.tensor(json.loads(found.read_text()))
 
 
 @torch.no_grad()
@@ -175,7 +184,7 @@ def add_codes(
         near = torch.from_numpy(index.search(asked, top=N_FOUND)[0])
         table.setdefault(f"{name}, {way}", []).append(score(true, near, index.n_bytes / len(index)))
     if not name.startswith("untrained"):
-        near = nearest(sae.decode(sae.encode(rows)), queries, N_FOUND)
+        near = nearest(sae.decode(sae.encode(rows).half().float()), queries, N_FOUND)
         table.setdefault(f"{name}, decoded", []).append(score(true, near, 4.0 * codes.nnz / len(rows)))
 
 

@@ -1,6 +1,7 @@
 """Types are checked as the suite runs, every function of the package among them."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -52,6 +53,33 @@ def test_axes_of_a_result_are_those_of_the_arguments_and_each_call_has_its_own()
     assert checked(checked(X, X), X).shape == (2, 3) and checked(Y, Y).shape == (2, 4)
     with unchecked():
         assert checked(X, X, bias=5.0).shape == (1, 3)
+
+
+def either(x: Float[Tensor, "n n d"] | Float[Tensor, "d n n"]) -> None:
+    """Neither gives the other its names."""
+
+
+def test_an_array_that_does_not_fit_names_no_axes() -> None:
+    checked = check(typechecker=beartype)(either)
+    checked(torch.zeros(2, 2, 3))
+    checked(torch.zeros(2, 3, 3))
+    with pytest.raises(TypeCheckError):
+        checked(torch.zeros(2, 3, 4))
+
+
+def test_a_dataclass_is_checked_where_it_is_made() -> None:
+    @dataclass
+    class Pair:
+        x: Float[Tensor, "n d"]
+        y: Float[Tensor, "n d"]
+        name: str = ""
+
+    checked = check(typechecker=beartype)(Pair)
+    assert checked is Pair and check(typechecker=beartype)(Pair).__init__ is checked.__init__
+    assert Pair(X, X, name="a").x is X
+    for wrong in [(X, Y), (X, X.int()), (X, X, 3)]:
+        with pytest.raises(TypeCheckError):
+            Pair(*wrong)
 
 
 def test_the_package_is_checked() -> None:

@@ -1,6 +1,7 @@
 """Docstrings: `Args:` names every parameter, in order, wherever there are more than three.
 
-A method that overrides a documented one of its base class with the same parameters may leave them out.
+Those of `__init__` may stand in the docstring of its class. A method that overrides a documented one of its base class
+with the same parameters may leave them out.
 """
 
 import ast
@@ -18,12 +19,19 @@ ENTRY = re.compile(r"^ {4}(\*{0,2}\w+):(?= |$)", re.M)
 
 
 def functions(tree: ast.AST, inside: str = "") -> Iterator[tuple[str, ast.FunctionDef]]:
-    """Public functions and public methods of public classes, with their dotted names."""
+    """Public functions, and public methods and calls of public classes, with their dotted names."""
     for node in ast.iter_child_nodes(tree):
         if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
             yield from functions(node, f"{inside}{node.name}.")
-        if isinstance(node, ast.FunctionDef) and not node.name.startswith("_"):
+        if isinstance(node, ast.FunctionDef) and (node.name == "__call__" or not node.name.startswith("_")):
             yield inside + node.name, node
+
+
+def constructors(tree: ast.AST) -> Iterator[tuple[ast.ClassDef, ast.FunctionDef]]:
+    """Public classes with an `__init__` of their own."""
+    for node in nodes(tree):
+        if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
+            yield from ((node, one) for one in node.body if isinstance(one, ast.FunctionDef) and one.name == "__init__")
 
 
 def parameters(node: ast.FunctionDef) -> list[str]:
@@ -36,7 +44,7 @@ def parameters(node: ast.FunctionDef) -> list[str]:
     return [n for n in names if n not in ("self", "cls")]
 
 
-def listed(node: ast.FunctionDef) -> list[str]:
+def listed(node: ast.FunctionDef | ast.ClassDef) -> list[str]:
     """The parameters that the section `Args:` names."""
     docstring = ast.get_docstring(node) or ""
     heads = list(SECTION.finditer(docstring))
@@ -45,9 +53,9 @@ def listed(node: ast.FunctionDef) -> list[str]:
     return ENTRY.findall(sections.get("Args", ""))
 
 
-def fault(node: ast.FunctionDef) -> str | None:
-    """What its docstring lacks, or None."""
-    names, found = parameters(node), listed(node)
+def fault(node: ast.FunctionDef, of: ast.ClassDef | None = None) -> str | None:
+    """What its docstring, or that of its class, lacks, or None."""
+    names, found = parameters(node), listed(node) or (listed(of) if of else [])
     if len(names) > 3 and not found:
         return f"{len(names)} parameters and no `Args:`"
     if found and found != names:
@@ -84,6 +92,9 @@ def faults(package: Path) -> list[str]:
         for name, node in functions(tree):
             if name not in exempt and (why := fault(node)):
                 found.append(f"{file.relative_to(package.parent)}:{node.lineno} {name}: {why}")
+        for made, node in constructors(tree):
+            if why := fault(node, made):
+                found.append(f"{file.relative_to(package.parent)}:{node.lineno} {made.name}: {why}")
     return found
 
 
@@ -112,6 +123,21 @@ def test_a_planted_docstring_is_judged(signature: str, section: str, complaint: 
     assert isinstance(node, ast.FunctionDef)
     assert (fault(node) or "").find(complaint or "") >= 0
     assert complaint is not None or fault(node) is None
+
+
+@pytest.mark.parametrize(
+    ("section", "complaint"), [("", "no `Args:`"), (TWO, "lists"), (ALL.replace("*", "") + "        e: x.\n", "lists")]
+)
+def test_a_class_explains_what_it_is_made_with(section: str, complaint: str) -> None:
+    code = (
+        'class A:\n    """Sum.\n\n{}    """\n    def __init__(self, a, b, c, d): ...\n    def __call__(self, a): ...\n'
+    )
+    [(made, node)] = constructors(ast.parse(code.format(section)))
+    assert complaint in (fault(node, made) or "")
+    [(made, node)] = constructors(ast.parse(code.format(ALL.replace("*", ""))))
+    assert fault(node, made) is None and fault(node) is not None
+    assert [name for name, _ in functions(ast.parse(code))] == ["A.__call__"]
+    assert not [*constructors(ast.parse(code.replace("class A", "class _A")))]
 
 
 def test_an_override_may_leave_out_what_its_base_explains() -> None:

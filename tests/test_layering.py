@@ -24,6 +24,7 @@ FLOORS = {
     "evaluation": 7,
     "analysis": 8,
     "circuits": 8,
+    "geometry": 8,
     "probing": 8,
     "labels": 9,
     "steering": 9,
@@ -180,7 +181,7 @@ def test_no_file_is_a_fragment_of_another(tmp_path: Path) -> None:
 
 def test_the_package_has_few_files_and_tests_beside_each_package() -> None:
     files = {str(file.relative_to(PACKAGE)): len(file.read_text().splitlines()) for file in PACKAGE.rglob("*.py")}
-    assert len(files) <= 380 and not {name: n for name, n in files.items() if n > LONGEST}
+    assert len(files) <= 440 and not {name: n for name, n in files.items() if n > LONGEST}
     tests = Path(__file__).parent
     for file in tests.rglob("test_*.py"):
         if file.parent in (tests, tests / "families"):

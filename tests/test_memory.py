@@ -163,17 +163,16 @@ def bytes_a_token(work, monkeypatch, *sizes):
         for module in modules:
             monkeypatch.setattr(module, name, size)
     peaks = []
+    gc.freeze()  # what other tests hold is not looked through again and again
     for n_docs in (4, *sizes):  # the first warms up
         stores = Planted(n_docs), Planted(n_docs, split=True)
         least = []
         for _ in range(2 if peaks else 1):  # a peak has whatever garbage happens to lie there
             gc.collect()
-            gc.freeze()  # what other tests hold is not looked through again and again
             tracemalloc.start()
             held = work(*stores)
             least.append(tracemalloc.get_traced_memory()[1])
             tracemalloc.stop()
-            gc.unfreeze()
             del held
         peaks.append(min(least))
     return (peaks[2] - peaks[1]) / (sizes[1] - sizes[0]) / DOC

@@ -1,4 +1,4 @@
-"""Analysis of the features in a feature store: examples, dead features, direct logit effects, similar features."""
+"""Analysis of features in a store (examples, dead and similar ones, direct logit effects), and of a model's layers."""
 
 from typing import TYPE_CHECKING
 
@@ -29,6 +29,12 @@ if TYPE_CHECKING:
         nearest_features as nearest_features,
         similar_features as similar_features,
     )
+    from saelab.analysis.layer_profiles import (
+        LayerMeasure as LayerMeasure,
+        LayerProfile as LayerProfile,
+        UntoldMeasure as UntoldMeasure,
+        layer_profile as layer_profile,
+    )
     from saelab.analysis.max_activating import (
         Example as Example,
         ExampleGroup as ExampleGroup,
@@ -51,5 +57,17 @@ if TYPE_CHECKING:
         sign_audit as sign_audit,
     )
     from saelab.analysis.text_features import ReadFeature as ReadFeature, TextFeatures as TextFeatures, read as read
+    from saelab.analysis.token_lens import TokenLens as TokenLens, lens as lens
+    from saelab.analysis.tuned_lens import (
+        LensScore as LensScore,
+        LensScores as LensScores,
+        TunedLens as TunedLens,
+        fit_lens as fit_lens,
+    )
+    from saelab.analysis.word_vectors import (
+        WordGeometry as WordGeometry,
+        WordScore as WordScore,
+        word_geometry as word_geometry,
+    )
 
 __getattr__, __dir__, __all__ = attach(__name__)

@@ -18,9 +18,12 @@ from saelab.cli.exporting import export_features, upload_features
 from saelab.cli.features import harvest_text, show_dead, show_features, write_report
 from saelab.cli.info import show_info
 from saelab.cli.labeling import VERBS as LABEL_VERBS, label_features, open_book
+from saelab.cli.layers import profile_layers, show_lens
+from saelab.cli.monitoring import monitor_texts
 from saelab.cli.planning import plan_run
 from saelab.cli.reading import read_texts
 from saelab.cli.releases import show_releases
+from saelab.cli.searching import search_documents, show_families
 from saelab.cli.steering import draw_curve, steer_prompts
 from saelab.cli.terminal import echo, find_base
 from saelab.cli.tracing import trace_prompt
@@ -64,11 +67,16 @@ VERBS: dict[str, Callable[..., None]] = {
     "compare": compare_folders,
     "diff": diff_stores,
     "find": find_documents,
+    "families": show_families,
+    "search": search_documents,
     "report": write_report,
     "explore": explore_store,
     "steer": steer_prompts,
     "steer-curve": draw_curve,
+    "monitor": monitor_texts,
     "trace": trace_prompt,
+    "layers": profile_layers,
+    "lens": show_lens,
     "releases": show_releases,
     "export": export_features,
     "upload": upload_features,

@@ -60,8 +60,8 @@ def diff_stores(
     from saelab.stores.files import to_json, write_json
 
     with ExitStack() as stack:
-        first, second = _open(a, by), _open(b, by)
-        names = stack.enter_context(_open_labels(labels or a))
+        first, second = open_documents(a, by), open_documents(b, by)
+        names = stack.enter_context(open_labels(labels or a))
         found = diff_corpora(first, second, labels=names, fdr=fdr, min_documents=min_documents, n_null=draws, seed=seed)
         said = None
         if hypotheses:
@@ -98,13 +98,14 @@ def find_documents(
 
     if (words is None) == (features is None):
         raise ValueError("`find` takes WORDS or --features, got both or neither; give one of them.")
-    with _open_labels(store) as names:
+    with open_labels(store) as names:
         wanted = words if words is not None else _read_weights(features or "")
-        found = rank_documents(_open(store, by), wanted, labels=names, top=top)
+        found = rank_documents(open_documents(store, by), wanted, labels=names, top=top)
     echo(to_json(found.to_dict()) if json else str(found))
 
 
-def _open(folder: Path, by: str) -> "DocumentFeatures":
+def open_documents(folder: Path, by: str) -> "DocumentFeatures":
+    """The documents of a store, pooled; ValueError for an unknown pooling."""
     from saelab.corpora.document_features import pool_documents
     from saelab.stores.feature_store import FeatureStore
 
@@ -113,7 +114,8 @@ def _open(folder: Path, by: str) -> "DocumentFeatures":
     return pool_documents(FeatureStore.load(folder), by)  # type: ignore[arg-type]
 
 
-def _open_labels(folder: Path) -> "LabelStore":
+def open_labels(folder: Path) -> "LabelStore":
+    """The labels beside a store."""
     from saelab.labels.label_store import LabelStore
 
     return LabelStore.open(folder)

@@ -331,7 +331,14 @@ def rebuild_tokens(text: StoredText) -> Tokens:
 
 
 class SameRowsSource(TextSource):
-    """A text source restricted to the tokens at given indices of the text."""
+    """A text source restricted to the tokens at given indices of the text.
+
+    Args:
+        reader: reads activations of tokens.
+        tokens: the text.
+        n_seq: sequences of a forward pass.
+        places: indices of tokens in the text, ascending.
+    """
 
     def __init__(self, reader: ActivationReader, tokens: Tokens, n_seq: int, places: np.ndarray) -> None:
         super().__init__(reader, tokens, n_seq)

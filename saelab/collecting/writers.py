@@ -301,7 +301,14 @@ class ShardWriter:
 
 
 class FolderWriter(ShardWriter):
-    """Writes activations to a folder of shards, for `collect`."""
+    """Writes activations to a folder of shards, for `collect`.
+
+    Args:
+        folder: the folder.
+        manifest: what the folder holds so far.
+        shard_tokens: rows of a shard.
+        first_tokens: rows of the folder's first shard, where that is shorter; None is `shard_tokens`.
+    """
 
     def __init__(
         self, folder: Path, manifest: ActivationsManifest, shard_tokens: int, first_tokens: int | None = None

@@ -37,11 +37,34 @@ if TYPE_CHECKING:
         cluster_features as cluster_features,
         correlate_property as correlate_property,
     )
+    from saelab.corpora.embedding_search import (
+        EditScores as EditScores,
+        EmbeddingRanking as EmbeddingRanking,
+        EmbeddingSearch as EmbeddingSearch,
+        FoundEmbedding as FoundEmbedding,
+        rotate_toward as rotate_toward,
+        score_edit as score_edit,
+    )
+    from saelab.corpora.feature_families import (
+        Family as Family,
+        FamilyScores as FamilyScores,
+        FeatureFamilies as FeatureFamilies,
+        find_families as find_families,
+    )
     from saelab.corpora.hypotheses import (
         Hypotheses as Hypotheses,
         Hypothesis as Hypothesis,
         propose_hypotheses as propose_hypotheses,
     )
+    from saelab.corpora.label_attention import (
+        Evidence as Evidence,
+        ExplainedDocument as ExplainedDocument,
+        ExplainedLabel as ExplainedLabel,
+        HeadScore as HeadScore,
+        LabelFeature as LabelFeature,
+        LabelHead as LabelHead,
+    )
+    from saelab.corpora.label_fitting import label_documents as label_documents, label_head as label_head
     from saelab.corpora.topics import (
         TopicMethod as TopicMethod,
         Topics as Topics,

@@ -2,14 +2,18 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, get_args
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
+import torch
 from jaxtyping import Float, Float32, Int, Integer, Shaped
 
 from saelab.corpora.document_features import DocumentFeatures
 from saelab.stores.feature_store import FeatureStore
+from saelab.stores.files import save_tensors
 from saelab.stores.packing import as_csr
+from saelab.stores.tensors import TensorFile
 
 if TYPE_CHECKING:
     from scipy.sparse import csr_matrix, spmatrix
@@ -18,6 +22,8 @@ StoredValues = Literal["none", "uint8", "float16"]
 BLOCK = 65_536
 """rows of a block: their numbers fit 16 bits, and their scores a processor's cache"""
 STEPS = 255  # of uint8
+KIND, VERSION = "saelab code index", "1"
+DTYPES = {"none": None, "uint8": np.uint8, "float16": np.float16}
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -39,6 +45,13 @@ class CodeIndex:
     codes are binarized (`values="none"`, 2 bytes a code). Weights are log(n / rows that fire) of the idf of information
     retrieval, or 1. Codes of opposite signs count against each other. A search reads the rows of the query's features
     and no others, so it takes the longer the denser these are.
+
+    Args:
+        blocks: the rows, by side, in parts.
+        weights: (n_sides,) of sides: of one sign each where there are twice as many as features, else of both.
+        steps: (n_sides,) what stored magnitudes of a side are multiples of; None where they are stored as they are.
+        n_features: number of features.
+        values: how magnitudes are stored.
 
     >>> from scipy.sparse import csr_matrix
     >>> index = CodeIndex.build(csr_matrix([[1.0, 0.0, 2.0], [0.0, 3.0, 0.0]]))
@@ -113,6 +126,54 @@ class CodeIndex:
             arrays += [block.offsets, block.rows, block.values, block.scale]
         return sum(array.nbytes for array in arrays if array is not None)
 
+    def save(self, path: str | Path) -> None:
+        """Write all that a search needs as one safetensors file with checksums, atomically.
+
+        >>> import tempfile
+        >>> from scipy.sparse import csr_matrix
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     CodeIndex.build(csr_matrix([[1.0, 0.0], [1.0, 3.0]])).save(f"{folder}/index.safetensors")
+        ...     CodeIndex.load(f"{folder}/index.safetensors")
+        CodeIndex(2 rows, 2 features, values='none', 21.0 bytes a row)
+        """
+        arrays: dict[str, np.ndarray | None] = {"weights": self.weights, "steps": self._steps}
+        for i, block in enumerate(self._blocks):
+            arrays |= {f"{name}.{i}": getattr(block, name) for name in _Block.__dataclass_fields__}
+        tensors = {name: torch.from_numpy(array) for name, array in arrays.items() if array is not None}
+        facts = {"kind": KIND, "version": VERSION, "values": self.values, "n_features": str(self.n_features)}
+        save_tensors(path, tensors, facts | {"n_blocks": str(len(self._blocks))})
+
+    @classmethod
+    def load(cls, path: str | Path) -> "CodeIndex":
+        """The index that `save` wrote; no other file can make a search read or write out of bounds.
+
+        Raises:
+            FileNotFoundError: no such file.
+            ValueError: another kind of file, or one that is damaged or whose parts do not fit each other.
+        """
+        file = TensorFile.open(path)
+        facts = file.metadata
+        n_features, n_blocks = (_read_count(facts.get(name, "")) for name in ("n_features", "n_blocks"))
+        if facts.get("kind") != KIND or facts.get("version") != VERSION or facts.get("values") not in DTYPES:
+            raise ValueError(f"{path} must be an index of version {VERSION} that `CodeIndex.save` wrote, got {facts}.")
+        values: StoredValues = facts["values"]  # type: ignore[assignment]
+        names = ["weights", *(["steps"] if values == "uint8" else [])]
+        parts = ["offsets", "rows", "scale", *(["values"] if values != "none" else [])]
+        wanted = {*names, *(f"{part}.{i}" for part in parts for i in range(min(n_blocks, len(file.specs))))}
+        if wanted != set(file.specs) or n_blocks < 1:
+            raise ValueError(f"{path} must hold the {n_blocks} blocks that its header tells of. Was it edited?")
+        arrays = {name: file.read(name).clone().numpy() for name in file.specs}
+        n_sides = arrays["weights"].size
+        parts_of = [{part: arrays[f"{part}.{i}"] for part in parts} for i in range(n_blocks)]
+        fits = n_sides in (n_features, 2 * n_features) and all(
+            _is_sound(arrays[name], np.float64, (n_sides,)) and (arrays[name] >= 0).all() for name in names
+        )
+        full = all(one["scale"].size == BLOCK for one in parts_of[:-1])
+        if not fits or not full or not all(_is_whole(one, n_sides, DTYPES[values]) for one in parts_of):
+            raise ValueError(f"{path} must hold arrays that fit each other, got others. Was it edited?")
+        blocks = [_Block(**({"values": None} | one)) for one in parts_of]
+        return cls(blocks, arrays["weights"], arrays.get("steps"), n_features, values)
+
     def search(
         self, queries: "spmatrix", top: int = 10
     ) -> tuple[Int[np.ndarray, "n_queries top"], Float[np.ndarray, "n_queries top"]]:
@@ -182,6 +243,27 @@ class CodeIndex:
             weights *= np.concatenate([block.values[part] for part in parts])
         rows = np.concatenate([block.rows[part] for part in parts])
         return np.bincount(rows, weights, len(block.scale)) * block.scale
+
+
+def _read_count(text: str) -> int:
+    """A number of a header; 0 for anything else."""
+    return int(text) if text.isascii() and text.isdigit() and len(text) < 10 else 0
+
+
+def _is_sound(array: np.ndarray, dtype: Any, shape: tuple[int, ...]) -> bool:
+    return array.dtype == dtype and array.shape == shape and bool(np.isfinite(array).all())
+
+
+def _is_whole(block: dict[str, np.ndarray], n_sides: int, stored: Any) -> bool:
+    """Whether a block's arrays have their types, and point nowhere else than into each other."""
+    offsets, rows, scale = block["offsets"], block["rows"], block["scale"]
+    n, nnz = scale.size, rows.size
+    if not _is_sound(offsets, np.int32, (n_sides + 1,)) or not _is_sound(scale, np.float32, (n,)):
+        return False
+    rises = offsets[0] == 0 and offsets[-1] == nnz and bool((np.diff(offsets) >= 0).all())
+    inside = _is_sound(rows, np.uint16, (nnz,)) and (nnz == 0 or int(rows.max()) < n)
+    told = stored is None or _is_sound(block["values"], stored, (nnz,))
+    return bool(0 < n <= BLOCK and (scale >= 0).all() and rises and inside and told)
 
 
 def _read(codes: "spmatrix | FeatureStore | DocumentFeatures") -> "csr_matrix":

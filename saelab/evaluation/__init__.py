@@ -44,6 +44,13 @@ if TYPE_CHECKING:
         plausibility as plausibility,
     )
     from saelab.evaluation.disentanglement import InfoMEC as InfoMEC, infomec as infomec
+    from saelab.evaluation.dissection import (
+        DissectedConcept as DissectedConcept,
+        DissectedSide as DissectedSide,
+        Dissection as Dissection,
+        DissectionRow as DissectionRow,
+        dissect as dissect,
+    )
     from saelab.evaluation.evaluation import evaluate as evaluate
     from saelab.evaluation.feature_classifiers import (
         CodeMatrix as CodeMatrix,

@@ -35,6 +35,14 @@ if TYPE_CHECKING:
     from saelab.functional.pruning import needed_codes as needed_codes
     from saelab.functional.pursuit import pursue as pursue, pursue_least_squares as pursue_least_squares
     from saelab.functional.rescoring import bound_rounding as bound_rounding, score as score
+    from saelab.functional.row_geometry import (
+        curvature as curvature,
+        intrinsic_dimension as intrinsic_dimension,
+        lidar as lidar,
+        matrix_entropy as matrix_entropy,
+        mean_cosine as mean_cosine,
+        outlier_dimensions as outlier_dimensions,
+    )
     from saelab.functional.row_topk import largest_latents as largest_latents, topk_latents as topk_latents
     from saelab.functional.screening import Precision as Precision
     from saelab.functional.silent_codes import SilentCodes as SilentCodes

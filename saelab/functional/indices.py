@@ -203,6 +203,29 @@ def exchange_groups(groups: Shaped[np.ndarray, "n"], rng: "np.random.Generator")
     >>> sorted(order[:2].tolist()) in ([0, 1], [2, 3]), sorted(order.tolist())
     (True, [0, 1, 2, 3])
     """
+    return np.take(_stretch_exchanged(groups, rng), permute_within(groups, rng))
+
+
+def shift_groups(groups: Shaped[np.ndarray, "n"], rng: "np.random.Generator") -> Int[np.ndarray, "n"]:
+    """An order in which groups change places as in `exchange_groups`, each then shifted circularly by a random step.
+
+    Runs of rows and their order stay, and neither the group nor the place in it says anything about them.
+
+    >>> order = shift_groups(np.array([4, 4, 4, 4]), np.random.default_rng(1))
+    >>> sorted(order.tolist()), set((np.diff(order) % 4).tolist())
+    ([0, 1, 2, 3], {1})
+    """
+    _, numbers, sizes = np.unique(groups, return_inverse=True, return_counts=True)
+    rows, starts = np.argsort(numbers, kind="stable"), np.cumsum(sizes) - sizes
+    steps = np.repeat((rng.random(len(sizes)) * sizes).astype(np.int64), sizes)
+    lengths, firsts = np.repeat(sizes, sizes), np.repeat(starts, sizes)
+    shifted = np.empty(len(groups), np.int64)
+    shifted[rows] = rows[firsts + (np.arange(len(groups)) - firsts + steps) % lengths]
+    return np.take(_stretch_exchanged(groups, rng), shifted)
+
+
+def _stretch_exchanged(groups: Shaped[np.ndarray, "n"], rng: "np.random.Generator") -> Int[np.ndarray, "n"]:
+    """An order in which groups change places, each stretched to the length of the one that gets it."""
     _, numbers, sizes = np.unique(groups, return_inverse=True, return_counts=True)
     rows, starts = np.argsort(numbers, kind="stable"), np.cumsum(sizes) - sizes
     source = rng.permutation(len(sizes))
@@ -211,7 +234,7 @@ def exchange_groups(groups: Shaped[np.ndarray, "n"], rng: "np.random.Generator")
     stretched = places * lengths // np.repeat(sizes, sizes)
     order = np.empty(len(groups), np.int64)
     order[rows] = rows[np.repeat(starts[source], sizes) + stretched]
-    return np.take(order, permute_within(groups, rng))
+    return order
 
 
 def find_runs(groups: Shaped[np.ndarray, "n"]) -> Int[np.ndarray, "n_runs"]:

@@ -12,6 +12,11 @@ if TYPE_CHECKING:
         Baseline as Baseline,
         attribute as attribute,
     )
+    from saelab.interventions.concept_vectors import (
+        ConceptPooling as ConceptPooling,
+        ConceptVector as ConceptVector,
+        concept_vector as concept_vector,
+    )
     from saelab.interventions.directions import Direction as Direction, Subspace as Subspace, make_random as make_random
     from saelab.interventions.interventions import (
         ActivationCondition as ActivationCondition,
@@ -26,6 +31,12 @@ if TYPE_CHECKING:
         TokenSelector as TokenSelector,
         Unit as Unit,
     )
+    from saelab.interventions.learned_directions import (
+        DirectionLoss as DirectionLoss,
+        LearnedDirection as LearnedDirection,
+        learn_direction as learn_direction,
+    )
+    from saelab.interventions.module_steering import ModuleUnit as ModuleUnit, steer_module as steer_module
     from saelab.interventions.patching import (
         Patching as Patching,
         PatchSource as PatchSource,

@@ -41,7 +41,7 @@ class SentenceEncoder:
     Args:
         name: Hub id or local folder of the model, such as "sentence-transformers/all-MiniLM-L6-v2".
         device: where it computes; None is for sentence-transformers to choose.
-        options: further arguments of `SentenceTransformer`, such as `local_files_only=True` or `revision`.
+        **options: further arguments of `SentenceTransformer`, such as `local_files_only=True` or `revision`.
 
     Raises:
         ImportError: sentence-transformers is not installed.

@@ -240,7 +240,14 @@ class ScoreWatch:
         self._is_on = False
 
     def __call__(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
-        """See a function."""
+        """See a function.
+
+        Args:
+            func: the function of PyTorch that was called.
+            args: its positional arguments.
+            kwargs: the others.
+            result: what it returned.
+        """
         if not self._is_on or self.found is not None:
             return
         if func is F.scaled_dot_product_attention:

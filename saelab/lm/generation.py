@@ -391,6 +391,12 @@ class TokenStream(Iterator[StreamedToken]):
 
     Edits of `splice` and `steer` apply to a token where they are in force when it is drawn. `close`, and the end of the
     text, release the key-value cache.
+
+    Args:
+        model: the language model.
+        prompt: the text that is continued, as the sample has it.
+        run: the forward passes over its tokens.
+        ends: ids of tokens that end the text.
     """
 
     def __init__(self, model: AnyModel, prompt: str, run: "_Run", ends: frozenset[int]) -> None:

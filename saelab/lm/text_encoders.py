@@ -248,7 +248,7 @@ def _of_hugging_face(
             "token, got None."
         )
     if tokenizer is None:
-        tokenizer = _find_tokenizer(model)
+        tokenizer = find_tokenizer(model)
     config = model.config
     body = model.get_encoder() if getattr(config, "is_encoder_decoder", False) else model.base_model
     limits = (max_tokens, tokenizer.model_max_length, _find_positions(body))
@@ -342,7 +342,8 @@ def _require_tokens(rows: Sequence[Any], texts: Sequence[str]) -> None:
         raise ValueError(f"Documents must have a token to be pooled, got none of {texts[bad[0]][:40]!r}; leave it out.")
 
 
-def _find_tokenizer(model: Any) -> Any:
+def find_tokenizer(model: Any) -> Any:
+    """The tokenizer in the folder of a Hugging Face model; ValueError where there is none."""
     from transformers import AutoTokenizer
 
     name = getattr(model.config, "_name_or_path", "")

@@ -1,5 +1,6 @@
 """`verify_hooks`: check that hooks return what Hugging Face computes as `hidden_states`, layer by layer."""
 
+import re
 from dataclasses import dataclass
 from functools import partial
 from itertools import count, takewhile
@@ -73,7 +74,7 @@ def verify_hooks(model: AnyModel, ids: Int[Tensor, "batch ctx_len"] | None = Non
         )
     home = hook_points_of(model)
     ids = home.probe if ids is None else to_model(model, ids)
-    names = _find_residuals(home)
+    names = find_residuals(home)
     truth = _find_truth(home, ids, names)
     return HookAgreement(
         hook_points=tuple(names),
@@ -83,15 +84,17 @@ def verify_hooks(model: AnyModel, ids: Int[Tensor, "batch ctx_len"] | None = Non
     )
 
 
-def _find_residuals(home: HookPoints) -> list[str]:
-    """Hook points of the input of each block, and of the output of the last."""
-    names = list(takewhile(lambda name: name in home.points, (f"blocks.{i}.hook_in" for i in count())))
+def find_residuals(home: HookPoints) -> list[str]:
+    """Hook points of the input of each block, and of the output of the last; of several stacks, those of `blocks`."""
+    stacks = [match[1] for name in home.points if (match := re.fullmatch(r"(\w*blocks)\.0\.hook_in", name))]
+    stack = min(stacks, key=lambda name: (name != "blocks", name), default="blocks")
+    names = list(takewhile(lambda name: name in home.points, (f"{stack}.{i}.hook_in" for i in count())))
     if not names:
         raise ValueError(
-            "`verify_hooks` needs a model whose layers are `blocks`, got one without 'blocks.0.hook_in'. Compare "
-            "single hook points of `capture` instead."
+            "A model's layers must be `blocks` to be found by themselves, got one without 'blocks.0.hook_in'. Name "
+            "hook points, or read single ones with `capture`."
         )
-    return [*names, f"blocks.{len(names) - 1}.hook_out"]
+    return [*names, f"{stack}.{len(names) - 1}.hook_out"]
 
 
 @torch.no_grad()

@@ -5,6 +5,11 @@ from typing import TYPE_CHECKING
 from saelab._lazy import attach
 
 if TYPE_CHECKING:
+    from saelab.probing.concept_embeddings import (
+        ConceptEmbedding as ConceptEmbedding,
+        ConceptEmbeddings as ConceptEmbeddings,
+        embed_concepts as embed_concepts,
+    )
     from saelab.probing.concept_removal import (
         ErasureMethod as ErasureMethod,
         ErasureResult as ErasureResult,

@@ -259,13 +259,15 @@ def probe_features(
             raise ValueError(f"Both labels must occur in {side} documents, got {said}; give more text.")
     rng = np.random.default_rng(seed)
     elsewhere, null = permute_split(y, documents, is_train, rng)
-    bench = _Bench.make(matrix, is_train, seed)
+    bench = ProbeBench.make(matrix, is_train, seed)
     if max(ks) > len(bench.sides):
         raise ValueError(f"`ks` must be at most the number of sides that fire ({len(bench.sides)}), got {max(ks)}.")
     true = bench.trial(y)
     moved = None if elsewhere is None else bench.trial(elsewhere)
     other = (
-        None if untrained is None else _Bench.make(read_codes(untrained, keep, "untrained"), is_train, seed).trial(y)
+        None
+        if untrained is None
+        else ProbeBench.make(read_codes(untrained, keep, "untrained"), is_train, seed).trial(y)
     )
     baselines = {"always yes": score_majority(float(y[~is_train].mean()))}
     baselines["all features"] = true.fit(np.arange(len(bench.sides)), c=PENALTY).score
@@ -347,7 +349,7 @@ def permute_split(
 
 
 @dataclass(frozen=True, eq=False)
-class _Fitted:
+class FittedProbe:
     """A regression on some columns."""
 
     columns: Int[np.ndarray, "k"]
@@ -358,7 +360,7 @@ class _Fitted:
 
 
 @dataclass(frozen=True, eq=False)
-class _Bench:
+class ProbeBench:
     """Split codes of one dictionary on training and on held-out tokens."""
 
     sides: RankedSides
@@ -368,26 +370,26 @@ class _Bench:
     seed: int
 
     @classmethod
-    def make(cls, matrix: "csr_matrix", is_train: np.ndarray, seed: int) -> "_Bench":
+    def make(cls, matrix: "csr_matrix", is_train: np.ndarray, seed: int) -> "ProbeBench":
         sides = RankedSides.split(matrix, is_train)
         by_row = sides.matrix.tocsr()
         return cls(sides, Columns(by_row[is_train].tocsc()), by_row[~is_train].tocsc(), is_train, seed)
 
-    def trial(self, y: np.ndarray) -> "_Trial":
+    def trial(self, y: np.ndarray) -> "ProbeTrial":
         y_train = y[self.is_train]
         drawn = draw_rows(y_train, SAMPLE_TOKENS, self.seed) | draw_rows(~y_train, SAMPLE_TOKENS, self.seed)
-        return _Trial(Labeled(self.columns, y_train, np.flatnonzero(drawn)), self.held, y[~self.is_train])
+        return ProbeTrial(Labeled(self.columns, y_train, np.flatnonzero(drawn)), self.held, y[~self.is_train])
 
 
 @dataclass(frozen=True, eq=False)
-class _Trial:
+class ProbeTrial:
     """One labeling of the tokens, with the codes to predict it."""
 
     train: Labeled
     held: "csc_matrix"
     y_held: Bool[np.ndarray, "n"]
 
-    def fit(self, columns: Int[np.ndarray, "k"], c: float = 1.0) -> _Fitted:
+    def fit(self, columns: Int[np.ndarray, "k"], c: float = 1.0) -> FittedProbe:
         """A regression on some columns, with threshold and held-out scores."""
         weights = self.train.fit(columns, c=c)
         by_size = np.argsort(-np.abs(weights), kind="stable")
@@ -395,11 +397,15 @@ class _Trial:
         scaled = weights / self.train.columns.deviations[columns]
         threshold, f1_train = choose_threshold(self.train.columns.matrix[:, columns] @ scaled, self.train.y)
         score = score_guess(self.held[:, columns] @ scaled, self.y_held, threshold)
-        return _Fitted(columns, weights, threshold, f1_train, score)
+        return FittedProbe(columns, weights, threshold, f1_train, score)
 
 
 def _probe(
-    sides: RankedSides, true: _Trial, others: tuple[_Trial | None, _Trial | None], ranking: Ranking, ks: Sequence[int]
+    sides: RankedSides,
+    true: ProbeTrial,
+    others: tuple[ProbeTrial | None, ProbeTrial | None],
+    ranking: Ranking,
+    ks: Sequence[int],
 ) -> Iterator[SparseProbe]:
     """The probes of one ranking, with those for permuted labels and for the untrained SAE's codes."""
     chosen = true.train.choose(ranking, ks)

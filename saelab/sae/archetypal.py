@@ -47,6 +47,12 @@ class Archetypes(nn.Module):
 
     Each row starts at a point of its own, drawn with the generator; rows beyond n_points start between two points.
     Without a generator the tensors are left empty, to be filled by loading.
+
+    Args:
+        cfg: the constraint.
+        d_sae: number of rows.
+        d_in: their dimension.
+        generator: draws the points and where rows start; None to leave the tensors empty.
     """
 
     points: Float[Tensor, "n_points d_in"]

@@ -71,6 +71,12 @@ class TrainingSAE:
 
     Of several processes that train together (`ranks`) each has an SAE with weights of its own latents only, and is
     given its own rows of every batch.
+
+    Args:
+        sae: the SAE, whose weights are trained in place.
+        cfg: settings of the training.
+        trained: whether the SAE was trained before, so that it goes on from its weights.
+        ranks: the processes that share the work.
     """
 
     def __init__(self, sae: SAEModule, cfg: TrainConfig, trained: bool = False, ranks: RankGrid = ALONE) -> None:

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
         SourceCurve as SourceCurve,
         SteeringCurve as SteeringCurve,
     )
+    from saelab.steering.dialogues import Dialogue as Dialogue, DialogueTurn as DialogueTurn, converse as converse
     from saelab.steering.dose_response import (
         EditBlock as EditBlock,
         SteeringSource as SteeringSource,
@@ -24,6 +25,11 @@ if TYPE_CHECKING:
         OutputScores as OutputScores,
         SteeringScore as SteeringScore,
         output_scores as output_scores,
+    )
+    from saelab.steering.monitoring import (
+        MessageReading as MessageReading,
+        TraitReadings as TraitReadings,
+        monitor as monitor,
     )
     from saelab.steering.target_concepts import (
         ConceptLike as ConceptLike,
@@ -39,5 +45,6 @@ if TYPE_CHECKING:
         TextRow as TextRow,
         compare_generations as compare_generations,
     )
+    from saelab.steering.traits import Trait as Trait, TraitRow as TraitRow, trait_vector as trait_vector
 
 __getattr__, __dir__, __all__ = attach(__name__)

@@ -27,6 +27,12 @@ class Activations:
     `embed` returns. A folder is read through memory maps: opening one
     is instant whatever its size, and only the rows that are indexed are held in memory.
 
+    Args:
+        rows: the columns, of memory or of a folder.
+        hook_point: where in the model they were read.
+        provenance: what they were made from; None where that is not known.
+        span: first row and the one after the last, for a part; None for all.
+
     >>> acts = Activations.from_tensor(torch.arange(6.0).view(3, 2))
     >>> acts[1:].tolist(), acts.d_in, len(acts)
     ([[2.0, 3.0], [4.0, 5.0]], 2, 3)

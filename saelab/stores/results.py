@@ -15,7 +15,14 @@ T = TypeVar("T")
 _drawings: dict[type, Callable[[Any], str]] = {}
 DRAWN_IN = tuple(
     f"saelab.visualization.{name}"
-    for name in ("feature_cards", "graph_page", "intervention_plots", "universality_plots")
+    for name in (
+        "family_trees",
+        "feature_cards",
+        "graph_page",
+        "intervention_plots",
+        "layer_plots",
+        "universality_plots",
+    )
 )
 """modules that register drawings, by name: they are on a higher floor, and imported when something is first drawn"""
 
@@ -74,6 +81,16 @@ def format_table(rows: Sequence[Sequence[str]], left: Collection[int] = (0,)) ->
         ).rstrip()
         for row in rows
     ]
+
+
+def format_spread(draws: Sequence[float], digits: int = 3) -> str:
+    """The mean of some draws, with the smallest and the largest in brackets where there are several.
+
+    >>> format_spread([1.0, 3.0], 1), format_spread([0.5], 2)
+    ('2.0 (1.0..3.0)', '0.50')
+    """
+    mean = f"{np.mean(draws):.{digits}f}"
+    return f"{mean} ({min(draws):.{digits}f}..{max(draws):.{digits}f})" if len(draws) > 1 else mean
 
 
 def find_row(rows: Sequence[T], **values: object) -> T:

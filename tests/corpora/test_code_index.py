@@ -7,6 +7,8 @@ from scipy.sparse import csr_matrix, random as random_sparse
 from unchecked import unchecked
 
 from saelab.corpora import CodeIndex, code_index, pool_documents
+from saelab.stores.files import save_tensors
+from saelab.stores.tensors import TensorFile, load_tensors
 
 
 def sparse(n: int, d: int, seed: int, signed: bool) -> csr_matrix:
@@ -96,3 +98,68 @@ def test_what_cannot_be_searched_is_refused() -> None:
         with pytest.raises(ValueError, match="`queries` must have 5 columns"):
             CodeIndex.build(codes).search(queries, top=top)
     assert CodeIndex.build(codes).search(csr_matrix((1, 5)), top=2)[1].tolist() == [[0.0, 0.0]]
+
+
+@pytest.mark.parametrize("values", ["none", "uint8", "float16"])
+@pytest.mark.parametrize("signed", [False, True])
+def test_a_saved_index_finds_the_same_to_the_bit(values, signed, monkeypatch, tmp_path) -> None:
+    monkeypatch.setattr(code_index, "BLOCK", 64)
+    index = CodeIndex.build(sparse(150, 30, 5, signed), values=values)
+    index.save(tmp_path / "index.safetensors")
+    again = CodeIndex.load(tmp_path / "index.safetensors")
+    queries = sparse(20, 30, 6, signed)
+    for mine, theirs in zip(index.search(queries, top=5), again.search(queries, top=5), strict=True):
+        assert np.array_equal(mine, theirs)
+    assert repr(again) == repr(index) and again.n_bytes == index.n_bytes
+    again.save(tmp_path / "again.safetensors")
+    assert (tmp_path / "again.safetensors").read_bytes() == (tmp_path / "index.safetensors").read_bytes()
+    assert [path.name for path in sorted(tmp_path.iterdir())] == ["again.safetensors", "index.safetensors"]
+
+
+def test_a_file_whose_parts_do_not_fit_is_refused(monkeypatch, tmp_path) -> None:
+    monkeypatch.setattr(code_index, "BLOCK", 64)
+    path, edited = tmp_path / "index.safetensors", tmp_path / "edited.safetensors"
+    CodeIndex.build(sparse(150, 30, 5, False), values="uint8").save(path)
+    tensors, facts = load_tensors(path), TensorFile.open(path).metadata
+    save_tensors(edited, tensors, facts)
+    assert len(CodeIndex.load(edited)) == 150
+
+    def with_first(name: str, value: float) -> dict:
+        changed = tensors[name].clone()
+        changed[0] = value
+        return {name: changed}
+
+    for change in (
+        with_first("rows.0", 64),
+        with_first("rows.2", 22),
+        with_first("offsets.0", -1),
+        {"offsets.1": tensors["offsets.1"].flip(0)},
+        {"offsets.1": tensors["offsets.1"].long()},
+        {"rows.0": tensors["rows.0"][:-1]},
+        {"values.0": tensors["values.0"][:-1]},
+        {"values.0": tensors["values.0"].half()},
+        {"scale.0": tensors["scale.0"][:-1]},
+        with_first("scale.0", float("nan")),
+        with_first("weights", float("inf")),
+        with_first("steps", -1.0),
+        {"weights": tensors["weights"][:-1]},
+        {"weights": tensors["weights"][None]},
+    ):
+        save_tensors(edited, tensors | change, facts)
+        with pytest.raises(ValueError, match="must hold arrays that fit each other"):
+            CodeIndex.load(edited)
+    for change in ({"kind": "another"}, {"version": "2"}, {"values": "int4"}, {"n_blocks": "-3"}, {"n_features": "31"},
+                   {"n_blocks": "2"}, {"n_blocks": "999999999"}, {"n_features": ""}):  # fmt: skip
+        save_tensors(edited, tensors, facts | change)
+        with pytest.raises(ValueError, match=r"must (be an index|hold)"):
+            CodeIndex.load(edited)
+    save_tensors(edited, {name: one for name, one in tensors.items() if name != "steps"}, facts)
+    with pytest.raises(ValueError, match="must hold the 3 blocks"):
+        CodeIndex.load(edited)
+    damaged = bytearray(path.read_bytes())
+    damaged[-3] ^= 1
+    edited.write_bytes(damaged)
+    with pytest.raises(ValueError, match=r"crc|CRC|checksum|damaged"):
+        CodeIndex.load(edited)
+    with pytest.raises(FileNotFoundError):
+        CodeIndex.load(tmp_path / "none.safetensors")

@@ -177,6 +177,7 @@ def reader(n: int) -> sl.SAE:
     return sae
 
 
+@unchecked()  # 60 equal calls
 def test_standard_errors_are_the_deviations_over_samples_of_documents() -> None:
     g, sae, strength = torch.Generator().manual_seed(3), reader(D), torch.linspace(0, 0.9, D)
     drawn = [diff_models(sae, draw_documents(g, 60, strength)) for _ in range(60)]
@@ -192,6 +193,7 @@ def test_standard_errors_are_the_deviations_over_samples_of_documents() -> None:
     assert (drawn[0].freedom > 30).all() and (drawn[0].freedom < 60).all()
 
 
+@unchecked()  # 60 equal calls
 def test_private_latents_are_called_at_the_stated_rate_where_none_is() -> None:
     """Strengths at the very limit, where evidence is easiest to mistake."""
     g, n, n_samples = torch.Generator().manual_seed(4), 30, 60

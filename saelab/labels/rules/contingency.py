@@ -16,7 +16,7 @@ from jaxtyping import Bool, Float, Int, Int32, Integer
 from saelab.analysis.direct_logits import LogitLens
 from saelab.analysis.top_tokens import count_ids
 from saelab.functional.indices import number_rows
-from saelab.functional.statistics import adjust, dispersion, tail, window_auroc
+from saelab.functional.statistics import adjust, correlation_of_sums, dispersion, tail, window_auroc
 from saelab.labels.rules.predicate_sums import ListCounts, PackedBits, PredicateSums
 from saelab.labels.rules.predicates import Predicates, one_of_each
 from saelab.labels.rules.token_view import TokenView
@@ -70,6 +70,8 @@ class SideFirings:
 
     rows: Int32[np.ndarray, "nnz"]
     """tokens of the store: side by side, within each the highest level first"""
+    sizes: Float[np.ndarray, "nnz"]
+    """|z| there"""
     ends: Int[np.ndarray, "n_sides n_levels"]
     """where the codes that reach each level end in `rows`"""
     peaks: Float[np.ndarray, "n_sides"]
@@ -92,15 +94,21 @@ class SideFirings:
         order = np.argsort(cells, kind="stable")  # of 16 bits: a radix sort
         ends = np.cumsum(np.bincount(cells, minlength=n_sides * n_levels))
         rows = columns.indices[order].astype(np.int32, copy=False)
-        return cls(rows, ends.reshape(n_sides, n_levels)[:, ::-1], peaks)
+        return cls(rows, sizes[order], ends.reshape(n_sides, n_levels)[:, ::-1], peaks)
 
     def __len__(self) -> int:
         return len(self.ends)
 
     def of(self, side: int, level: int) -> Int32[np.ndarray, "n"]:
         """The tokens on which a feature side reaches a level."""
-        start = self.ends[side - 1, 0] if side else 0
-        return self.rows[start : self.ends[side, level]]
+        return self.rows[self._part(side, level)]
+
+    def codes(self, side: int) -> tuple[Int32[np.ndarray, "n"], Float[np.ndarray, "n"]]:
+        """The tokens on which a feature side fires, and |z| there."""
+        return self.rows[self._part(side, 0)], self.sizes[self._part(side, 0)]
+
+    def _part(self, side: int, level: int) -> slice:
+        return slice(self.ends[side - 1, 0] if side else 0, self.ends[side, level])
 
 
 def _largest(sizes: np.ndarray, columns: "csc_matrix") -> np.ndarray:
@@ -235,6 +243,8 @@ class Verdict:
     """AUROC of the rule in windows around firings, or on all rows where they are documents; 0.5 is chance"""
     spread: float
     """variance of the hits under the null, relative to independent tokens"""
+    r: float
+    """Pearson's r of whether the rule holds with |z|, 0 where the side does not fire"""
 
     @property
     def precision(self) -> float:
@@ -281,7 +291,12 @@ class Judge:
         self._blocks = number_rows(pieces)[1]
 
     def test(
-        self, holds: Callable[[np.ndarray], np.ndarray], size: int, fires: Integer[np.ndarray, "n"], side: int
+        self,
+        holds: Callable[[np.ndarray], np.ndarray],
+        size: int,
+        fires: Integer[np.ndarray, "n"],
+        side: int,
+        codes: tuple[Integer[np.ndarray, "m"], Float[np.ndarray, "m"]],
     ) -> Verdict:
         """The result of one rule for one feature side on the held-out tokens.
 
@@ -290,6 +305,7 @@ class Judge:
             size: number of held-out tokens on which the rule holds.
             fires: positions at which the feature side fires.
             side: number of the feature side, which seeds the random draws.
+            codes: tokens of the store on which the side fires at all, and |z| there.
         """
         rng = np.random.default_rng((self.seed, side))
         n, hits = self.split.n_tokens, int(np.count_nonzero(holds(fires)))
@@ -302,7 +318,14 @@ class Judge:
             self._active[fires] = False
         if hits * n > len(fires) * size:
             spread = dispersion(holds, fires, size / n, n, rng, self._blocks)
-        return Verdict(hits, len(fires), size, n, auroc, spread)
+        return Verdict(hits, len(fires), size, n, auroc, spread, self._correlate(holds, size, *codes))
+
+    def _correlate(
+        self, holds: Callable[[np.ndarray], np.ndarray], size: int, rows: np.ndarray, sizes: np.ndarray
+    ) -> float:
+        places = self.split.places[rows]
+        x, inside = sizes[places >= 0].astype(np.float64), holds(places[places >= 0])
+        return float(correlation_of_sums(self.split.n_tokens, x.sum(), size, x @ x, size, x[inside].sum()))
 
 
 def q_values(counts: Float[np.ndarray, "n 4"], n_tokens: int) -> tuple[Float[np.ndarray, "n"], Float[np.ndarray, "n"]]:

@@ -47,6 +47,8 @@ class RuleLabel:
     """AUROC of the rule in windows around firings; 0.5 is chance"""
     lift: float = float("nan")
     """firing rate where the rule holds, divided by the firing rate on all tokens"""
+    r: float = float("nan")
+    """Pearson's r of whether the rule holds with |z|, on all tokens; 0 where the side does not fire"""
     p: float = 1.0
     q: float = 1.0
     """false discovery rate at which the rule is significant, among all rules tested on held-out documents"""
@@ -91,6 +93,10 @@ class RuleLabels(Result):
         """The rows with a good rule, sorted by F1."""
         return tuple(sorted((row for row in self.rows if row.good), key=lambda row: -row.f1))
 
+    def clean_sides(self, min_f1: float = 0.8, min_r: float = 0.8) -> tuple[tuple[int, int], ...]:
+        """Features and signs with a good rule of at least this F1 and r: clean labels, as arXiv:2408.00657 has them."""
+        return tuple((row.feature, row.sign) for row in self.rows if row.good and row.f1 >= min_f1 and row.r >= min_r)
+
     def __str__(self) -> str:
         good, kinds = self.good, [row.kind for row in self.rows]
         counts = ", ".join(f"{kinds.count(kind)} {kind}" for kind in dict.fromkeys(sorted(kinds)))
@@ -122,7 +128,7 @@ class RuleLabels(Result):
         return found + [self._two_sided(plus, minus) for plus, minus in pairs]
 
     def _label(self, row: RuleLabel) -> Label:
-        names = ("f1", "precision", "recall", "auroc", "lift", "q", "share", "n_firings")
+        names = ("f1", "precision", "recall", "auroc", "lift", "q", "share", "n_firings", "r")
         scores = {name: float(getattr(row, name)) for name in names}
         evidence = {
             name: value for name, value in asdict(row).items() if name in ("rule", "joined", "threshold", "f1_train")

@@ -437,16 +437,16 @@ class _Work:
         self, feature: int, sign: int, side: int, sides: SideFirings, rule: Rule | None, n_firings: int
     ) -> _Draft:
         fires, number = self.held.here(sides.of(side, rule.level if rule else 0)), 2 * feature + (sign < 0)
-        verdicts: list[Verdict] = []
+        verdicts, codes = list[Verdict](), sides.codes(side)
         disjoint, words = False, list[str]()
         if rule is not None:
             marks = self.held.mark(rule.parts, rule.joined)
-            verdicts.append(self.judge.test(marks.__getitem__, int(np.count_nonzero(marks)), fires, number))
+            verdicts.append(self.judge.test(marks.__getitem__, int(np.count_nonzero(marks)), fires, number, codes))
             disjoint = self._disjoint(rule, fires)
         if self.next is not None:
             words, ids = self.next.promoted(feature, sign)
             if len(ids) and len(fires):
-                verdicts.append(self.judge.test(*self.next.follow(ids), fires, number))
+                verdicts.append(self.judge.test(*self.next.follow(ids), fires, number, codes))
         return _Draft(feature, sign, float(sides.peaks[side]), n_firings, rule, tuple(verdicts), tuple(words), disjoint)
 
     def _disjoint(self, rule: Rule, fires: np.ndarray) -> bool:
@@ -467,7 +467,7 @@ class _Work:
         level = draft.rule.level if draft.rule is not None else 0
         text, kind, parts, joined = self._describe(draft) if is_rule else _describe_output(draft)
         verdict = best[0]
-        names = ("f1", "f1_chance", "precision", "recall", "auroc", "lift")
+        names = ("f1", "f1_chance", "precision", "recall", "auroc", "lift", "r")
         scores = {name: float(getattr(verdict, name)) for name in names}
         return RuleLabel(
             feature=draft.feature,

@@ -172,13 +172,15 @@ def test_saying_always_the_same_scores_chance(planted, says):
     """And so does the rule of another feature."""
     names, store = planted
     split = SplitCounts(make_predicates(store, size=100), ~store.split())
-    fires = np.flatnonzero(store.codes[:, [names.index("token")]].toarray().ravel()[split.rows])
+    z = store.codes[:, [names.index("token")]].toarray().ravel()
+    fires, codes = np.flatnonzero(z[split.rows]), (np.flatnonzero(z), np.abs(z[z != 0]))
     marks = np.full(split.n_tokens, says)
-    verdict = Judge(split, store.doc_ids, 0).test(marks.__getitem__, int(marks.sum()), fires, 0)
+    verdict = Judge(split, store.doc_ids, 0).test(marks.__getitem__, int(marks.sum()), fires, 0, codes)
+    assert np.isnan(verdict.r)
     assert verdict.skill == pytest.approx(0, abs=1e-9)
     assert np.isnan(verdict.auroc) or verdict.auroc == 0.5
     other = store.codes[:, [names.index("chance")]].toarray().ravel()[split.rows] != 0
-    verdict = Judge(split, store.doc_ids, 0).test(other.__getitem__, int(other.sum()), fires, 0)
+    verdict = Judge(split, store.doc_ids, 0).test(other.__getitem__, int(other.sum()), fires, 0, codes)
     assert abs(verdict.skill) < 0.1 and 0.4 < verdict.auroc < 0.6
 
 
@@ -223,6 +225,21 @@ def test_contingencies_equal_dense_ones(planted):
     for joined, join in (("and", np.logical_and), ("or", np.logical_or)):
         expected = join(marks[:, 3], marks[:, 10])
         assert np.array_equal(split.mark([3, 10], joined), expected)
+
+
+def test_r_is_that_of_the_rule_with_magnitudes_on_held_out_rows(planted, labels):
+    _, store = planted
+    predicates, held, z = make_predicates(store), ~store.split(), store.codes.toarray()
+    names, seen = list(predicates.names), 0
+    for row in labels.rows:
+        if row.parts and not row.joined and row.parts[0] in names:
+            holds = predicates.matrix[:, [names.index(row.parts[0])]].toarray().ravel()[held]
+            sizes = np.maximum(row.sign * z[held, row.feature], 0)
+            assert row.r == pytest.approx(np.corrcoef(holds, sizes)[0, 1])
+            seen += 1
+    clean = labels.clean_sides(0.9, 0.5)
+    assert seen > 3 and 0 < len(clean) < len(labels.good)
+    assert set(clean) == {(row.feature, row.sign) for row in labels.good if row.f1 >= 0.9 and row.r >= 0.5}
 
 
 def test_the_tail_bounds_fishers_exact_test():
