@@ -128,7 +128,7 @@ def test_runs_are_logged_recorded_and_resumed_to_the_bit(world, tmp_path):
 @unchecked()
 def test_transcoders_are_finetuned_too(world):
     model, tokens, _ = world
-    places = ["blocks.1.ln2.hook_out", "blocks.1.hook_mlp_out"]
+    places = ["blocks.1.ln2.hook_normalized", "blocks.1.hook_mlp_out"]
     pair = sl.collect(model, tokens, places, progress=False)
     cfg = sl.SAEConfig(d_in=32, d_out=32, d_sae=96, activation=sl.TopK(k=2), skip=True)
     sae = sl.SAE(cfg, seed=0).fit((pair[places[0]], pair[places[1]]), run(), progress=False)
