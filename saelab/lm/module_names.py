@@ -210,7 +210,10 @@ def name_hook_points(components: Mapping[str, nn.Module], model: Any, probe: Ten
             found[f"{block}.hook_resid_mid"] = f"{middles[block]}.hook_in"
         for short, path in _name_outputs(components, block):
             found[f"{block}.{short}"] = path
-    for name in {*components, *(path.rpartition(".")[0] for path in components)}:  # OPT's MLP is no module
+    holders = {path.rpartition(".")[0] for path in components}
+    for name in {name for name in holders - set(components) if name.endswith(".mlp")}:  # OPT's, which is no module
+        found |= {f"{name}.{side}": f"{name}.{part}.{side}" for part, side in (("in", "hook_in"), ("out", "hook_out"))}
+    for name in {*components, *holders}:
         for short, canonical in _list_short(components, name):
             if f"{name}.{canonical}" in found:
                 found[f"{name}.{short}"] = f"{name}.{canonical}"

@@ -22,7 +22,7 @@ ATTENTION = "blocks.1.hook_attn_out"
 def test_heads_add_up_and_a_head_without_output_adds_nothing(architecture: str) -> None:
     model = sl.lm.tiny_model(architecture=architecture)  # type: ignore[arg-type]
     parameters = model.original_model.named_parameters()
-    out = next(weight for name, weight in parameters if re.search(r"\.1\..*(o_proj|attn\.o)\..*weight", name))
+    out = next(weight for name, weight in parameters if re.search(r"\.1\..*(o_proj|attn\.c_proj)\..*weight", name))
     with torch.no_grad():  # of head 2, of width 8
         (out[:, 16:24] if architecture == "llama" else out[16:24]).zero_()
     coders = cover(model)
