@@ -73,8 +73,8 @@ def neutral(module: nn.Module, value: float) -> Iterator[None]:
 def set_neutral(module: nn.Module, value: float) -> None:
     """Begin what `neutral` does: attributes of the object hide its parameters, which are not touched."""
     for name, fill in (("weight", value), ("bias", 0.0)):
-        if module._parameters.get(name) is not None:
-            module.__dict__[name] = torch.full_like(module._parameters[name], fill, requires_grad=False)
+        if (own := module._parameters.get(name)) is not None:
+            module.__dict__[name] = torch.full_like(own, fill, requires_grad=False)
 
 
 def unset_neutral(module: nn.Module) -> None:

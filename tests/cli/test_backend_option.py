@@ -65,7 +65,7 @@ def test_label(folders: Path, taken: list[str], backend: str) -> None:
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_embed(folders: Path, taken: list[str], tmp_path: Path, backend: str) -> None:
     options = ("--hook-point", HOOK, "--pooling", "mean", "--backend", backend, "--device", "cpu", "--no-progress")
-    assert run("embed", "tiny", "--text", folders / "texts.txt", "--out", tmp_path / "acts", *options) == 0
+    assert run("embed", "tiny", folders / "texts.txt", "--out", tmp_path / "acts", *options) == 0
     assert taken == [backend]
     assert sl.Activations.load(tmp_path / "acts", HOOK).provenance.backend == backend
 
