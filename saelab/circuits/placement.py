@@ -246,13 +246,15 @@ def _place(
 
 def _find_neurons(model: Model, name: str, place: BlockPlace) -> tuple[str, str]:
     """Hook points in front of and behind the neurons of the MLP at whose output an SAE is."""
-    points, block = hook_points_of(model).points, f"{place.stack}.{place.layer}"
+    home, block = hook_points_of(model), f"{place.stack}.{place.layer}"
+    points = home.points
     pair = (f"{block}.mlp.in.hook_out", f"{block}.mlp.out.hook_in")
     behind = [f"{block}.{rest}" for rest in (*OUTPUTS, "ln2_post.hook_out")]
     if any(one not in points for one in pair):
         raise ValueError(
             f"An SAE of an MLP's output needs an MLP of one layer of neurons, whose gates can be frozen, got '{name}'. "
             "Train a transcoder from the MLP's input to its output."
+            + (" A bridge parts some MLPs: `load_model(..., backend='transformer_lens')`." if home.is_plain else "")
         )
     if not any(points[name] == points.get(one) for one in behind):
         raise ValueError(f"An SAE of an MLP must be one of its output ('{block}.hook_mlp_out'), got '{name}'.")

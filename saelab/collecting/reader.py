@@ -20,10 +20,11 @@ from torch import Tensor
 from saelab.functional.autocast import autocast_dtype, computing_in
 from saelab.functional.indices import PART
 from saelab.lm.concurrent import Capture, make_captures, map_in_order
+from saelab.lm.hook_points import hook_points_of
 from saelab.lm.hooks import capture, find_hook_point, find_median_norms, norms_of, require_finite
-from saelab.lm.huggingface import AnyModel, as_model, is_bridge
+from saelab.lm.huggingface import AnyModel, as_model
 from saelab.lm.masks import TokenMask
-from saelab.lm.model_checks import Model, has_processed_weights, sketch_weights
+from saelab.lm.model_checks import Model, sketch_weights
 from saelab.lm.models import describe_model
 from saelab.lm.tokenizers import token_strings
 from saelab.lm.tokens import PADDING, Tokens
@@ -477,7 +478,8 @@ class WeightsFingerprint(str):
 
 def _fingerprint_model(model: Model) -> WeightsFingerprint:
     named = dict(model.named_parameters())
-    if not is_bridge(model) or has_processed_weights(model):  # of folded weights only a bridge has any
+    home = hook_points_of(model)
+    if home.is_plain or not home.agrees:  # folded weights, or others that only a bridge has
         return WeightsFingerprint(fingerprint(named))
     made = WeightsFingerprint(fingerprint(dict(strip(model.original_model)[0].named_parameters())))
     made.earlier = fingerprint(named)

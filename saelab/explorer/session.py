@@ -23,7 +23,7 @@ from saelab.labels.annotations import Annotations
 from saelab.labels.label import BOTH, ME, Format, Label, join_texts
 from saelab.labels.label_store import LabelStore
 from saelab.lm.hook_points import hook_points_of, share_weights
-from saelab.lm.huggingface import AnyModel
+from saelab.lm.huggingface import AnyModel, as_model
 from saelab.lm.loading_guards import offline
 from saelab.lm.model_checks import Model
 from saelab.lm.models import load_model
@@ -199,6 +199,7 @@ class Explorer:
         recorded = self.store.find_recorded(self.store.provenance.model)
         source = recorded if model is None and Path(recorded).is_dir() else model
         if isinstance(source, nn.Module | Model):
+            match_weights(self.store.provenance, as_model(source))  # before its weights are asked for
             self._admit(share_weights(source))  # hooks of this explorer's threads are not felt where it is used
         elif source is not None:
             self.model_state = "loading"

@@ -51,6 +51,8 @@ class HookPoints:
     """modules by name, such as "blocks.0.attn" and "ln_final\""""
     is_plain = True
     """whether Hugging Face's own modules run, without a bridge"""
+    agrees = True
+    """whether logits are those of Hugging Face's modules of the same weights"""
 
     def __init__(self, model: Model) -> None:
         self.running, self._hooks = model.original_model, HookBooks(model)
@@ -187,12 +189,13 @@ class BridgeHookPoints(HookPoints):
     def _name(self, model: Model, logits: Tensor) -> None:
         self._points, self.components = _find_points(model)
         self.points = {name: str(point.name) for name, point in self._points.items()}
-        # Weights that were edited or processed in the bridge are intended: then its logits are the right ones.
-        if not (model in _doors or model.compatibility_mode or has_processed_weights(model)):
+        self.agrees = not (model.compatibility_mode or has_processed_weights(model))
+        if self.agrees:
             plain, _ = strip(self.running)
             set_attention(plain, "eager")
             found = run(plain, self.probe)
-            if not is_close(found, logits):
+            self.agrees = is_close(found, logits)
+            if not (self.agrees or model in _doors):  # weights that were edited in the bridge are intended
                 raise ValueError(
                     "A TransformerBridge must compute what its model does, got one whose logits are "
                     f"{_distance(logits, found):.1%} away from Hugging Face's. Take `load_model(bridge, "

@@ -1,7 +1,8 @@
 """`HuggingFaceModel`: a plain Hugging Face model as a `Model`, without transformer_lens.
 
 Its hook points have TransformerLens' names, and the numbers there are those of a bridge around the same weights. What
-is inside of a Hugging Face module (attention patterns, normalized activations before a norm's weight) has none.
+is inside of a Hugging Face module (attention patterns, queries after their rotation) has none, but for a norm's
+`hook_normalized`.
 """
 
 import sys

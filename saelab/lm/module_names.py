@@ -1,7 +1,7 @@
 """Hook points of a plain Hugging Face model: TransformerLens' names for its modules, read from its module tree.
 
 Families of models call the same parts by a few dozen names. Parts that the tables below do not know keep Hugging Face's
-own name, so that every module has its two hook points, `hook_in` and `hook_out`.
+own name, so that every module has its two hook points, `hook_in` and `hook_out`, and a norm `hook_normalized` too.
 """
 
 import inspect
@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from saelab.lm.norms import find_neutral
 
 _ROOT: dict[str, tuple[str, ...]] = {
     "ln_final": ("norm", "ln_f", "final_layer_norm", "final_layernorm", "final_norm", "norm_f", "embedding_norm",
@@ -196,6 +198,9 @@ def name_hook_points(components: Mapping[str, nn.Module], model: Any, probe: Ten
         probe: (batch, n) token ids for one forward pass, which tells where the middle of the residual stream is.
     """
     found = {f"{name}.{side}": f"{name}.{side}" for name in components for side in ("hook_in", "hook_out")}
+    width = getattr(text_config(model), "hidden_size", None)
+    norms = [name for name, module in components.items() if find_neutral(module, width) is not None]
+    found |= {f"{name}.hook_normalized": f"{name}.hook_normalized" for name in norms}
     found["hook_embed"] = f"{'embed_ln' if 'embed_ln' in components else 'embed'}.hook_out"
     found |= {f"hook_{name}": f"{name}.hook_out" for name in ("pos_embed", "unembed") if name in components}
     middles = _find_middles(components, model, probe)
@@ -205,7 +210,10 @@ def name_hook_points(components: Mapping[str, nn.Module], model: Any, probe: Ten
             found[f"{block}.hook_resid_mid"] = f"{middles[block]}.hook_in"
         for short, path in _name_outputs(components, block):
             found[f"{block}.{short}"] = path
-    for name in {*components, *(path.rpartition(".")[0] for path in components)}:  # OPT's MLP is no module
+    holders = {path.rpartition(".")[0] for path in components}
+    for name in {name for name in holders - set(components) if name.endswith(".mlp")}:  # OPT's, which is no module
+        found |= {f"{name}.{side}": f"{name}.{part}.{side}" for part, side in (("in", "hook_in"), ("out", "hook_out"))}
+    for name in {*components, *holders}:
         for short, canonical in _list_short(components, name):
             if f"{name}.{canonical}" in found:
                 found[f"{name}.{short}"] = f"{name}.{canonical}"

@@ -15,6 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from saelab.lm.norms import find_neutral, set_neutral, unset_neutral, with_gain
+
 _HOOK_BOOKS = (
     "_forward_hooks",
     "_forward_pre_hooks",
@@ -29,7 +31,7 @@ _INPUTS = ("hidden_states", "input", "input_ids", "x", "inputs_embeds")
 Tap = Callable[[Tensor], Tensor | None]
 """A hook function: takes the activation, returns its replacement or None."""
 Site = tuple[nn.Module, str]
-"""A module and its side, "hook_in" or "hook_out"."""
+"""A module and its side, "hook_in" or "hook_out", or "hook_normalized" of a norm."""
 
 
 def unwrap(module: nn.Module) -> nn.Module:
@@ -177,10 +179,67 @@ class TapHook(OwnHook):
         return [new, *output[1:]] if isinstance(output, list) else (new, *output[1:])
 
 
+class NormHook(TapHook):
+    """The hook functions between a norm's division and its gain, in order of entry, as two PyTorch hooks.
+
+    The module computes with a neutral gain and without bias, once, so that it is its own formula, and what freezes
+    norms or replaces their gradients holds for it; gain and bias come after the hook functions.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        value = find_neutral(module) if module._parameters.get("weight") is not None else 1.0
+        if value is None:
+            raise ValueError(f"Only a norm has a `hook_normalized`, got a {type(module).__name__}.")
+        self.module, self.value = module, value
+        self._taps: list[TapHook] = []
+        self._handles: list[RemovableHandle] = []
+
+    @classmethod
+    def of(cls, module: nn.Module) -> "NormHook":
+        """The one on a module, or a new one."""
+        owners = (getattr(hook, "__self__", None) for hook in module._forward_hooks.values())
+        return next((owner for owner in owners if isinstance(owner, cls)), None) or cls(module)
+
+    @contextmanager
+    def added(self, tap: Tap) -> Iterator[None]:
+        """Context manager in which a hook function takes part."""
+        entry = TapHook(tap)
+        self._taps.append(entry)
+        if len(self._taps) == 1:  # before the hooks on what the norm returns, which see its gain
+            after = self.module.register_forward_hook(self.at_output, prepend=True, always_call=True)
+            self._handles = [self.module.register_forward_pre_hook(self.before), after]
+        try:
+            yield
+        finally:
+            self._taps.remove(entry)
+            if not self._taps:
+                for handle in self._handles:
+                    handle.remove()
+                unset_neutral(self.module)
+
+    def before(self, module: nn.Module, _args: tuple) -> None:
+        """Make the gain neutral."""
+        set_neutral(module, self.value)
+
+    def at_output(self, module: nn.Module, _args: tuple, output: Any) -> Any:
+        """Apply the hook functions, then gain and bias."""
+        unset_neutral(module)
+        if output is None:  # the norm itself has failed
+            return None
+        for entry in tuple(self._taps):
+            new = entry.tap(output)
+            output = output if new is None else new
+        return with_gain(module, self.value, output)
+
+
 @contextmanager
 def attach(site: Site, tap: Tap) -> Iterator[None]:
     """Context manager in which the hook function `tap` runs at a site."""
     module, side = site
+    if side == "hook_normalized":
+        with NormHook.of(module).added(tap):
+            yield
+        return
     hook = TapHook(tap)
     if side == "hook_in":
         handle = module.register_forward_pre_hook(hook.at_input, with_kwargs=True)

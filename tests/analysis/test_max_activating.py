@@ -13,6 +13,7 @@ import saelab as sl
 from saelab.analysis import dashboard
 from saelab.evaluation.splicing import Stage
 from saelab.functional.statistics import rank_correlation
+from saelab.lm.hook_points import hook_points_of
 from saelab.lm.unembedding import read_out
 from saelab.training.optimizer import make_adam, step_adam
 
@@ -133,12 +134,13 @@ def test_a_dead_feature_has_only_random_windows(tiny, tokens, tmp_path):
     assert "feature 3" in str(sl.analysis.max_activating_examples(store, 3))
 
 
+@pytest.mark.parametrize("backend", ["huggingface", "transformer_lens"])
 @pytest.mark.parametrize("kind", ["rms", "layer"])
-def test_the_read_out_is_exact(kind):
+def test_the_read_out_is_exact(kind, backend):
     """Against a direct computation: the logits of a residual with and without the direction, the norm's scale held."""
     d = torch.randn(3, 32, generator=torch.Generator().manual_seed(0))
-    model = sl.lm.tiny_model(architecture="gpt2" if kind == "layer" else "llama")
-    norm = model.ln_final
+    model = sl.lm.tiny_model(architecture="gpt2" if kind == "layer" else "llama", backend=backend)
+    norm, unembed = (hook_points_of(model).components[name] for name in ("ln_final", "unembed"))
     with torch.no_grad():
         for p in norm.parameters():
             p.copy_(torch.randn(32, generator=torch.Generator().manual_seed(1)))
@@ -146,12 +148,12 @@ def test_the_read_out_is_exact(kind):
     centered = x - x.mean() if kind == "layer" else x
     scale = centered.square().mean().sqrt()
     moved = d - d.mean(1, keepdim=True) if kind == "layer" else d
-    direct = (moved / scale * norm.weight) @ model.W_U
+    direct = unembed(moved / scale * norm.weight) - unembed(torch.zeros(32))
     torch.testing.assert_close(read_out(model, d) / scale, direct.detach(), rtol=1e-3, atol=1e-4)
     # and as a small step of the whole thing: the part along the residual aside, which also changes the scale
     step = 1e-3 * (d - (d @ centered)[:, None] * centered / centered.square().sum())
     with torch.no_grad():
-        there, here = (model.unembed(norm(r[None]))[0] for r in (x + step, x[None]))
+        there, here = (unembed(norm(r[None]))[0] for r in (x + step, x[None]))
     torch.testing.assert_close(read_out(model, step) / scale, there - here, rtol=2e-2, atol=1e-5)
 
 

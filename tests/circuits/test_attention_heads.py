@@ -22,7 +22,7 @@ ATTENTION = "blocks.1.hook_attn_out"
 def test_heads_add_up_and_a_head_without_output_adds_nothing(architecture: str) -> None:
     model = sl.lm.tiny_model(architecture=architecture)  # type: ignore[arg-type]
     parameters = model.original_model.named_parameters()
-    out = next(weight for name, weight in parameters if re.search(r"\.1\..*(o_proj|attn\.o)\..*weight", name))
+    out = next(weight for name, weight in parameters if re.search(r"\.1\..*(o_proj|attn\.c_proj)\..*weight", name))
     with torch.no_grad():  # of head 2, of width 8
         (out[:, 16:24] if architecture == "llama" else out[16:24]).zero_()
     coders = cover(model)
@@ -61,7 +61,7 @@ def test_effects_through_a_head_are_what_the_weights_say(architecture: str) -> N
     node = int(np.flatnonzero(graph.is_kind("feature") & (graph.layers == 0) & (graph.positions == 4))[0])
     split = split_by_head(graph, model, coders, node, layer=0)
     ids = torch.from_numpy(graph.token_ids)[None]
-    twin = copy.deepcopy(hook_points_of(model).plain)
+    twin = copy.deepcopy(hook_points_of(model).running)
     twin.set_attn_implementation("eager")
     names = ["blocks.0.hook_in", "blocks.0.ln2.hook_in"]
     x, middle = (one[0].double() for one in sl.lm.capture(model, ids, names).values())

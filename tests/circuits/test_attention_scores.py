@@ -59,7 +59,7 @@ def test_pairs_add_up_to_the_model_s_own_score(name: str) -> None:
     assert float(found.pairs.astype(np.float64).sum()) + found.offset == pytest.approx(found.score, abs=1e-5)
     np.testing.assert_allclose(found.by_query.sum(), found.pairs.sum(), atol=1e-4)
     np.testing.assert_allclose(found.by_key.sum(), found.pairs.sum(), atol=1e-4)
-    twin, ids = hook_points_of(model).plain, sl.tokenize(model, [PROMPT], ctx_len=10, packed=False).ids.long()
+    twin, ids = hook_points_of(model).running, sl.tokenize(model, [PROMPT], ctx_len=10, packed=False).ids.long()
     assert twin is not None
     set_attention(twin, "eager")
     twin.config.output_attentions = True
@@ -113,7 +113,7 @@ def project(
     bias: bool = False,
 ) -> torch.Tensor:
     """Of a vector: through the norm at the scale of `x`, the query's (0) or key's (1) weights, and the rotation."""
-    twin = hook_points_of(model).plain
+    twin = hook_points_of(model).running
     with torch.no_grad():
         if name == "gpt2":
             block = twin.transformer.h[layer]
@@ -217,4 +217,4 @@ def test_model_and_random_state_stay_as_they_were(tiny) -> None:
         again = attention_score(tiny, coders, PROMPT, head=(1, 0), key=2)
     np.testing.assert_array_equal(first.pairs, again.pairs)
     assert torch.equal(torch.get_rng_state(), before)
-    assert not any(one._forward_hooks or one._forward_pre_hooks for one in hook_points_of(tiny).plain.modules())  # type: ignore[union-attr]
+    assert not any(one._forward_hooks or one._forward_pre_hooks for one in hook_points_of(tiny).running.modules())  # type: ignore[union-attr]

@@ -22,7 +22,7 @@ def span(matrix: torch.Tensor, rank: int) -> torch.Tensor:
 @pytest.mark.parametrize("architecture", ["llama", "gpt2"])
 def test_overlaps_are_those_of_the_weights(architecture: str, reads: str, rank: int) -> None:
     model = sl.lm.tiny_model(n_layers=2, architecture=architecture)  # type: ignore[arg-type]
-    twin, which = hook_points_of(model).plain, ("query", "key", "value").index(reads)
+    twin, which = hook_points_of(model).running, ("query", "key", "value").index(reads)
     found = head_overlap(model, reads=reads, rank=rank, n_null=20)  # type: ignore[arg-type]
     assert np.isnan(found.overlap[1]).all() and np.isnan(found.overlap[0, :, 0]).all()
     for first in range(4):

@@ -9,6 +9,7 @@ from unchecked import unchecked
 
 import saelab as sl
 from saelab.cli.app import dispatch
+from saelab.lm import models
 
 HOOK = "blocks.1.hook_resid_post"
 SHORT = ["--n-tokens", "4", "--no-progress"]
@@ -16,7 +17,8 @@ SHORT = ["--n-tokens", "4", "--no-progress"]
 
 @pytest.fixture(autouse=True)
 def one_model(monkeypatch: pytest.MonkeyPatch, tiny: Any) -> None:
-    monkeypatch.setattr("saelab.lm.models.tiny_model", lambda: tiny)
+    find = models._find_model
+    monkeypatch.setattr(models, "_find_model", lambda name, *rest: tiny if name == "tiny" else find(name, *rest))
 
 
 @pytest.fixture(scope="module")

@@ -16,6 +16,7 @@ from saelab.evaluation.supervised_dictionary import (
     mark_values,
     score_attributes,
 )
+from saelab.lm.hook_points import hook_points_of
 from saelab.probing.concept_removal import erase_concept
 from saelab.probing.linear_directions import (
     FeatureErasure,
@@ -270,7 +271,7 @@ def planted():
     generator = torch.Generator().manual_seed(1)
     bits = torch.rand(N_WORDS, ATOMS, generator=generator) < 0.5
     with torch.no_grad():
-        table = next(model.embed.parameters())
+        table = hook_points_of(model).components["embed"].weight
         table[3 : 3 + N_WORDS] = (2.0 * bits.float() - 1) @ atoms + 0.02 * torch.randn(N_WORDS, 32, generator=generator)
     ids = torch.randint(3, 3 + N_WORDS, (40, 16), generator=generator)
     doc_ids = torch.arange(40, dtype=torch.int32)[:, None].expand(-1, 16).contiguous()
@@ -418,3 +419,26 @@ def test_removal_refuses_what_makes_no_sense(planted):
         options = {"concept": "bit 0", "labels": labels, "sae": sae, "hook_point": FIRST} | change
         with pytest.raises(ValueError, match=match):
             erase_concept(model, tokens, **options)
+
+
+def test_a_task_of_a_raw_model_is_that_of_the_loaded_one():
+    """A Hugging Face model as it is, which other functions take, too."""
+    model = sl.lm.tiny_model(seed=3)
+    ids = torch.tensor([[0, 70], [0, 71], [0, 72], [0, 73]])
+    names, answers = [{"letter": name} for name in "abcd"], sl.lm.logits(model, ids)[:, -1].argmax(1)
+    given = {
+        "hook_point": "blocks.1.hook_resid_post",
+        "ids": {ORIGINAL: ids, "letter": ids.flip(0)},
+        "lengths": torch.full((4,), 2),
+        "places": torch.full((4, 1), -1),
+        "place_names": ("end",),
+        "attributes": {ORIGINAL: names, "letter": names[::-1]},
+        "answers": answers,
+        "other_answers": (answers + 1) % 100,
+        "asks": ("letter",) * 4,
+    }
+    raw, loaded = EditTask(model=model.original_model, **given), EditTask(model=model, **given)
+    assert isinstance(raw.model, type(loaded.model))
+    x = torch.randn(4, 1, 32, generator=torch.Generator().manual_seed(0))
+    for at in (None, x):
+        np.testing.assert_allclose(np.asarray(raw.predict(at)), np.asarray(loaded.predict(at)), atol=1e-6)

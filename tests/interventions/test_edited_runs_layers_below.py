@@ -25,7 +25,7 @@ def model() -> Any:
     [("blocks.0.hook_resid_post", 1), ("blocks.1.hook_in", 1), ("blocks.1.hook_mlp_out", 1), ("blocks.2.hook_out", 3)],
 )
 def test_a_forward_begins_above_known_layers(model: Any, hook_point: str, n: int) -> None:
-    below, plain = find_layers_below(model, hook_point), hook_points_of(model).plain
+    below, plain = find_layers_below(model, hook_point), hook_points_of(model).running
     assert below is not None and len(below.layers) == n
     said, output, computed = run(plain, IDS), below.read(model, IDS), list[int]()
     for i, layer in enumerate(plain.model.layers):
@@ -56,7 +56,7 @@ def test_nothing_is_passed_over_below_the_first_layer_or_while_hooks_are_on_the_
     assert find_layers_below(model, "blocks.1.hook_resid_post") is not None
     with sl.splice(model, {"blocks.0.hook_resid_post": lambda x: x}):
         assert find_layers_below(model, "blocks.1.hook_resid_post") is None
-    handle = model.blocks[0].hook_out.register_forward_hook(lambda *_: None)
+    handle = hook_points_of(model).components["blocks.0"].register_forward_hook(lambda *_: None)
     assert find_layers_below(model, "blocks.1.hook_resid_post") is None
     handle.remove()
     assert find_layers_below(model, "blocks.1.hook_resid_post") is not None
@@ -66,7 +66,7 @@ def test_nothing_is_passed_over_below_the_first_layer_or_while_hooks_are_on_the_
 def test_a_model_that_hands_more_than_one_tensor_up_is_run_whole(model: Any, fresh: bool) -> None:
     """A second path from the first layer to the next, as in models whose layers share keys and values."""
     home, kept = hook_points_of(model), list[Tensor]()
-    plain: Any = home.plain
+    plain: Any = home.running
     assert _try(home, plain, POST) is not None
     mlp, attention = plain.model.layers[0].mlp, plain.model.layers[1].self_attn
     multiply, attend = mlp.forward, attention.forward

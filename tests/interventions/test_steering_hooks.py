@@ -105,9 +105,9 @@ def test_neutral_strengths_change_no_bit(model: Any, point: str) -> None:
         with sl.steer(model, sae, {3: 0.0, 5: -0.0}, hook_point=point, **options):
             assert torch.equal(sl.lm.logits(model, ids), clean) and go_on(model) == texts
             with torch.no_grad():
-                bridged = model(ids.long(), return_type="logits")
+                steered = model.original_model(ids.long()).logits
         with torch.no_grad():
-            assert torch.equal(bridged, model(ids.long(), return_type="logits"))
+            assert torch.equal(steered, model.original_model(ids.long()).logits)
     with sl.steer(model, sae, {3: 1.0}, mode="scale", hook_point=point):
         assert torch.equal(sl.lm.logits(model, ids), clean)
     with sl.splice(model, sae, error="keep", hook_point=point):
@@ -179,7 +179,8 @@ def test_another_text_in_the_same_block_begins_anew() -> None:
         assert write(ids[0].tolist(), first) == write(first)
 
 
-def test_the_bridges_own_generate_is_steered_alike_or_refused(tales: Any) -> None:
+def test_the_bridges_own_generate_is_steered_alike_or_refused() -> None:
+    tales: Any = sl.load_model("tales", backend="transformer_lens", progress=False)
     sae, size = make_sae(tales), 3 * size_at(tales, POINT)
     tokens = sl.tokenize(tales, [PROMPTS[0]], 64, packed=False)
     ids = tokens.ids[:, : tokens.n_tokens].long()
@@ -188,7 +189,7 @@ def test_the_bridges_own_generate_is_steered_alike_or_refused(tales: Any) -> Non
             expected = go_on(tales, PROMPTS[0])
             for cached in (True, False):
                 options = {"do_sample": False, "use_past_kv_cache": cached, "verbose": False, "stop_at_eos": False}
-                if cached and hook_points_of(tales).caching(tales.original_model).argument is None:
+                if cached and hook_points_of(tales).caching.argument is None:
                     with pytest.raises(ValueError, match="model that loses it"):
                         tales.generate(ids, N, **options)
                     continue

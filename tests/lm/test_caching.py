@@ -81,7 +81,7 @@ def test_texts_are_hugging_faces_cached_uncached_and_in_a_batch(family) -> None:
         expected.append(tuple(made[0].tolist()))
     assert go_on(model, prompts[:1]) == expected[:1] == go_on(model, prompts[:1], use_cache=False)
     assert go_on(model, prompts) == expected == go_on(model, prompts, use_cache=False)
-    padded = hook_points_of(model).caching(hook_points_of(model).route([])[0]).padded
+    padded = hook_points_of(model).caching.padded
     assert padded == (name not in RECURRENT), name
 
 

@@ -105,9 +105,8 @@ def test_a_flow_follows_both_ways_of_generating(tales: Any) -> None:
         longer, wider = torch.cat([ids, ids[:, :1]], 1), torch.cat([mask, mask[:, :1] * 0 + 1], 1)
         tales.original_model(longer, attention_mask=wider)
         assert flow.now.positions[:, -1].tolist() == [4, 3] and flow.now.n_prompt == 4  # the same text, without a cache
-        plain = hook_points_of(tales).plain
-        assert plain is not None
-        more = hook_points_of(tales).caching(plain).go_on(plain(ids, attention_mask=mask, use_cache=True), wider, 4, 5)
+        plain = hook_points_of(tales).running
+        more = hook_points_of(tales).caching.go_on(plain(ids, attention_mask=mask, use_cache=True), wider, 4, 5)
         plain(longer[:, -1:], **more)
         assert flow.now.positions.tolist() == [[4], [3]] and flow.now.n_prompt == 4 and flow.now.n_past == 4
         tales.original_model(ids[:1])

@@ -72,7 +72,7 @@ def test_logits_are_the_bridges(model: Any) -> None:
 @pytest.mark.parametrize("backend", ["huggingface", "transformer_lens"])
 def test_the_forward_stops_after_the_last_hook_needed(backend: str) -> None:
     fresh: Any = tiny_model(backend=backend)
-    names = ["blocks.0.hook_resid_post", "blocks.1.ln1.hook_normalized" if backend == "transformer_lens" else POST]
+    names = ["blocks.0.hook_resid_post", "blocks.1.ln1.hook_normalized"]
     capture(fresh, some_ids(), names)
     ran: list[str] = []
     for name, module in fresh.original_model.named_modules():

@@ -20,8 +20,10 @@ FAMILIES = {
 @pytest.mark.parametrize("family", FAMILIES)
 def test_logits_are_the_models_own(family: str) -> None:
     name, sizes, is_alone = FAMILIES[family]
-    _, model = random_model(f"{name}ForCausalLM", f"{name}Config", hidden_size=32, **LLAMA_LIKE, **sizes)
+    _, model = random_model(f"{name}ForCausalLM", f"{name}Config", "auto", hidden_size=32, **LLAMA_LIKE, **sizes)
     last, ids = LastLayers.measure(model), some_ids(2, 6)
+    bridge = sl.load_model(model.original_model, tokenizer=model.tokenizer, backend="transformer_lens")
+    assert LastLayers.measure(bridge).norm is None  # a bridge runs whole
     assert (last.norm is not None) is is_alone
     x = sl.lm.capture(model, ids, [last.last])[last.last]
     assert torch.allclose(last(x.flatten(0, 1)), sl.lm.logits(model, ids).flatten(0, 1), atol=1e-4)
@@ -35,7 +37,7 @@ def test_logits_are_the_models_own(family: str) -> None:
 @pytest.mark.parametrize("family", ["llama", "gemma2"])
 def test_gradients_are_the_slopes_and_the_model_keeps_its_own(family: str) -> None:
     name, sizes, _ = FAMILIES[family]
-    _, model = random_model(f"{name}ForCausalLM", f"{name}Config", hidden_size=32, **LLAMA_LIKE, **sizes)
+    _, model = random_model(f"{name}ForCausalLM", f"{name}Config", "auto", hidden_size=32, **LLAMA_LIKE, **sizes)
     last = LastLayers.measure(model)
     x = torch.randn(3, 32, generator=torch.Generator().manual_seed(0)).requires_grad_()
     with torch.enable_grad():

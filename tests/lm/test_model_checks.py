@@ -123,7 +123,7 @@ def test_adapters_are_merged_first() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")  # PyTorch's, of itself, where it begins to compile
-def test_compiled_models_are_taken_as_they_were(tiny: Any) -> None:
+def test_compiled_models_are_taken_as_they_were() -> None:
     hf_model, ids = llama(), some_ids()
     with torch.no_grad():
         expected = hf_model(ids).logits
@@ -131,8 +131,11 @@ def test_compiled_models_are_taken_as_they_were(tiny: Any) -> None:
     torch.testing.assert_close(logits(model, ids), expected)
     hf_model.compile()
     assert torch.equal(logits(load_model(hf_model, tokenizer=tiny_model().tokenizer), ids), logits(model, ids))
-    compiled: Any = torch.compile(tiny)
-    assert load_model(compiled) is tiny
+    bridge = tiny_model(backend="transformer_lens")
+    compiled: Any = torch.compile(bridge)
+    assert load_model(compiled) is bridge
+    with unchecked(), pytest.raises(TypeError, match="got a function"):  # what torch makes of an object of saelab's
+        load_model(torch.compile(tiny_model(backend="huggingface")))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(

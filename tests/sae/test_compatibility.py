@@ -16,6 +16,7 @@ import saelab as sl
 from saelab.collecting.reader import ActivationReader
 from saelab.evaluation.sparse_control import ORIGINAL, EditTask
 from saelab.explorer import MovedFeature, PromptQuery, SteeringSetup
+from saelab.lm.hook_points import hook_points_of
 from saelab.lm.masks import TokenMask
 from saelab.lm.model_checks import is_same_weights, sketch_weights
 from saelab.sae.compatibility import match_weights
@@ -309,7 +310,7 @@ def test_a_sketch_leaves_the_model_alone_and_says_nothing_of_quantized_weights()
     with sl.steer(model, sl.Direction(torch.ones(32), HOOK), 1.0):
         assert sketch_weights(model) == before
     with torch.no_grad():
-        model.blocks[0].mlp.out.weight.add_(0.01)
+        hook_points_of(model).components["blocks.0.mlp.out"].weight.add_(0.01)
     after = sketch_weights(model)
     assert before is not None and after is not None and not is_same_weights(before, after)
     assert sketch_weights(torch.nn.Linear(4, 4, device="meta")) is None

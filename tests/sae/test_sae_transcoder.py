@@ -357,9 +357,10 @@ def test_a_linear_baseline_is_the_best_of_its_rank():
     assert errors[-1] == pytest.approx(float(best), rel=1e-4)
 
 
-def test_hook_normalized_is_the_stream_at_unit_scale_before_the_norms_weight(shared_data):
-    """The Bridge's `ln2.hook_normalized`; what the MLP reads is that times the norm's weight."""
-    model = sl.load_model(shared_data / "stories260k", device="cpu")
+@pytest.mark.parametrize("backend", ["huggingface", "transformer_lens"])
+def test_hook_normalized_is_the_stream_at_unit_scale_before_the_norms_weight(shared_data, backend):
+    """TransformerLens' `ln2.hook_normalized`; what the MLP reads is that times the norm's weight."""
+    model = sl.load_model(shared_data / "stories260k", device="cpu", backend=backend)
     names = ["blocks.2.hook_resid_mid", "blocks.2.ln2.hook_normalized", "blocks.2.ln2.hook_out"]
     acts = sl.lm.capture(model, torch.arange(3, 43).view(2, 20), names)
     stream, normalized, read = (acts[name] for name in names)
