@@ -242,14 +242,12 @@ def _make(name: str) -> None:
     words, needed = MAKING.get(name, ([], ()))
     for other in needed:
         _make(other)
-    if name == "text.txt":
-        animals = ["fox", "hen", "cow", "owl", "cat"]
-        texts = [f"The {a} met the {b}." for a in animals for b in animals if a != b]
-        Path(name).write_text("\n<|endoftext|>\n".join(texts))
+    if name in WRITTEN:
+        Path(name).write_text(WRITTEN[name])
     else:
         said = io.StringIO()
         with redirect_stdout(said), redirect_stderr(said):
-            code = dispatch([*words, "--no-progress"])
+            code = dispatch(words if words[0] == "label-head" else [*words, "--no-progress"])
         if code:
             raise RuntimeError(f"{words} failed: {said.getvalue()}")
     if name.startswith("store"):
@@ -272,7 +270,16 @@ def _harvested(sae: str, n: str, out: str) -> list[str]:
 
 TRAIN = ["--d-sae", "32", "--k", "4", "--n-tokens", "512", "--batch-size", "64", "--save-every-tokens", "256"]
 TEXT = ("text.txt",)
+ANIMALS = ["fox", "hen", "cow", "owl", "cat"]
+WRITTEN = {
+    "text.txt": "\n<|endoftext|>\n".join(f"The {a} met the {b}." for a in ANIMALS for b in ANIMALS if a != b),
+    "labels.json": f'{{"odd": {[*range(1, 19, 2)]}, "early": {[*range(10)]}}}',
+    "marks.json": f'{{"even": {[*range(0, 180, 2)]}}}',
+    "pairs.jsonl": "\n".join(f'{{"positive": "A big {a}.", "negative": "A small {a}."}}' for a in ANIMALS),
+}
+"""files that no command writes"""
 SCORES = ["evaluate", "sae-0", "tiny", "text.txt", "--n-tokens", "100", "--json", "eval.json", "--n-bootstrap", "2"]
+HEAD = ["label-head", "store-all", "--labels", "labels.json", "--min-count", "2", "--train-frac", "0.5"]
 MAKING: dict[str, tuple[list[str], tuple[str, ...]]] = {
     "acts": (_collected("acts", "100"), TEXT),
     "acts-old": (_collected("acts-old", "70"), TEXT),
@@ -283,6 +290,8 @@ MAKING: dict[str, tuple[list[str], tuple[str, ...]]] = {
     "store-0-short": (_harvested("sae-0", "150", "store-0-short"), ("sae-0",)),
     "report": (["report", "store-0", "--out", "report", "--features", "1,2", "--title", "old"], ("store-0",)),
     "eval.json": (SCORES, ("sae-0",)),
+    "store-all": (_harvested("sae-0", "400", "store-all"), ("sae-0",)),
+    "head": ([*HEAD, "--epochs", "2", "--no-baselines", "--out", "head"], ("store-all", "labels.json")),
     "docs": (_embedded("docs"), TEXT),
     "sae-docs": (["train", "docs", *TRAIN, "--batch-size", "16", "--out", "sae-docs"], ("docs",)),
 }
@@ -315,6 +324,11 @@ def told_file(path: str) -> Callable[[], object]:
     return lambda: hash(Path(path).read_bytes())
 
 
+def told_head() -> object:
+    """What a label head says of the documents."""
+    return sl.corpora.LabelHead.from_pretrained("out").predict(sl.FeatureStore.load("store-all")).tolist()
+
+
 def told_report(folder: str) -> Callable[[], object]:
     def tell() -> object:
         page, kind = Path(folder, "index.html"), Path(folder, "report.json")
@@ -325,6 +339,16 @@ def told_report(folder: str) -> Callable[[], object]:
 
 def save_over() -> None:
     sl.SAE(sl.SAEConfig(d_in=32, d_sae=32, activation=sl.AbsTopK(k=2)), seed=5).save_pretrained("sae")
+
+
+def save_index() -> None:
+    sl.corpora.CodeIndex.build(sl.corpora.pool_documents(sl.FeatureStore.load("store-0"))).save("out.safetensors")
+
+
+def told_index() -> object:
+    """How many documents an index has, and what is near the first feature."""
+    index = sl.corpora.CodeIndex.load("out.safetensors")
+    return str(index), [one.tolist() for one in index.search(torch.eye(1, index.n_features).numpy(), top=2)]
 
 
 def cases() -> list[Case]:
@@ -339,6 +363,8 @@ def cases() -> list[Case]:
     curve = ["steer-curve", "sae-0", "tiny", "--feature", "3", "--concept", "a", "--strengths", "-1,1", "--n", "1"]
     curve += ["--n-tokens", "2", "--store", "store-0", "--out", "out.html", "--json", "out.json"]
     compare = ["compare", "store-0", "store-1", "--shifts", "2"]
+    dissect = ["dissect", "store-0", "--labels", "marks.json", "--quantile", "0.05", "--out", "out.json"]
+    head = [*HEAD, "--epochs", "1", "--no-baselines", "--out", "out"]
     text, label = "text.txt", ["--no-lens", *quiet]
     found = [
         Case("save over an SAE", [], ("sae-0:sae",), call=save_over, read=told_sae("sae")),
@@ -373,6 +399,14 @@ def cases() -> list[Case]:
         Case("compare", [*compare, "--out", "out.json", "--html", "out", *quiet],
              ("store-0", "store-1", "report:out"), read=told_report("out")),
         Case("diff", ["diff", "store-0", "store-0", "--out", "out.json"], ("store-0",), read=told_file("out.json")),
+        Case("families", ["families", "store-0", "--max-density", "1", "--out", "out.json"], ("store-0",),
+             read=told_file("out.json")),
+        Case("dissect", dissect, ("store-0", "marks.json"), read=told_file("out.json")),
+        Case("label-head", head, ("store-all", "labels.json"), read=told_head),
+        Case("label-head over a head", head, ("store-all", "labels.json", "head:out"), read=told_head),
+        Case("save an index of codes", [], ("store-0",), call=save_index, read=told_index),
+        Case("monitor --save", ["monitor", "tiny", "pairs.jsonl", "--save", "out.json", *quiet], ("pairs.jsonl",),
+             read=lambda: str(sl.steering.Trait.load("out.json"))),
         Case("steer", steer, ("sae-0",), read=told_file("out.html")),
         Case("steer-curve", [*curve, *quiet], ("sae-0", "store-0"), read=told_file("out.html")),
         Case("trace", ["trace", "tiny", "sae-0", "One", "--allow-missing", "--out", "out.json", *quiet], ("sae-0",),

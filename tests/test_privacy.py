@@ -368,6 +368,30 @@ def test_documents_and_corpora(world: World, store: Any, tmp_path: Path, monkeyp
     assert len(files) > 5 and not find_leaks(files, world.secrets)
 
 
+def test_what_is_found_in_documents(world: World, sae: sl.SAE, store: Any) -> None:
+    """Families, detectors, label heads, an index and a trait, of commands that were given absolute paths."""
+    out = world.out / "found"
+    documents = sl.corpora.pool_documents(store)
+    marks, labels, pairs = (world.project / name for name in ("marks.json", "labels.json", "pairs.jsonl"))
+    marks.write_text(json.dumps({"even": [*range(0, len(store), 2)]}))
+    labels.write_text(json.dumps({"odd": [*range(1, len(documents), 2)], "early": [*range(len(documents) // 2)]}))
+    lines = [{"positive": f"A big {one}.", "negative": f"A {one}."} for one in ("cat", "dog")]
+    pairs.write_text("\n".join(map(json.dumps, lines)))
+    other = world.project / "untrained-codes"
+    sl.collecting.harvest_untrained(store, sae, world.model, other, progress=False)
+    world.run("families", store.folder, "--max-density", "1", "--out", out / "families.json")
+    least = ["--min-count", "2", "--train-frac", "0.5"]
+    found = ["--baseline", other, "--quantile", "0.05", "--out", out / "dissection.json"]
+    world.run("dissect", store.folder, "--labels", marks, *least, *found)
+    made = ["--untrained", other, "--epochs", "1", "--out", out / "head"]
+    world.run("label-head", store.folder, "--labels", labels, *least, *made)
+    world.run("monitor", world.folder, pairs, "--save", out / "trait.json", "--no-progress")
+    head = sl.corpora.LabelHead.from_pretrained(out / "head")
+    head.explain(store, int(store.doc_ids[0])).save(out / "explained.json")
+    sl.corpora.CodeIndex.build(documents).save(out / "index.safetensors")
+    world.check(out, 7)
+
+
 @pytest.mark.parametrize("pattern", ["notebooks/*.ipynb", "docs/**/*.md", "*.md", "saelab/**/*.json", "findings/*"])
 def test_what_the_repository_shows(pattern: str) -> None:
     """Nor does what was run by us name where: paths of homes, and of folders of this kind of machine."""

@@ -10,7 +10,10 @@ from saelab.cli.sources import Source
 from saelab.cli.terminal import echo
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from saelab.lm.token_labels import TokenLabels
+    from saelab.stores.feature_store import FeatureStore
 
 DISSECT = Source("saelab.evaluation.dissection:dissect")
 HEAD = Source("saelab.corpora.label_fitting:label_head")
@@ -52,12 +55,25 @@ def dissect_store(
     found = dissect(
         codes,
         _read_rows(labels, len(codes), codes.counted),
-        baselines={str(folder): FeatureStore.load(folder) for folder in baseline or ()},
+        baselines=_load_stores(baseline or ()),
         quantile=quantile, detector=detector, clear=clear, min_count=min_count, train_frac=train_frac, seed=seed,
     )  # fmt: skip
     if out is not None:
         write_json(out, found.to_dict())
     echo(to_json(found.to_dict()) if json else str(found))
+
+
+def _load_stores(folders: "Sequence[Path]") -> "dict[str, FeatureStore]":
+    """Stores by the names of their folders: a result is shared, and where a store lies is not."""
+    from saelab.stores.feature_store import FeatureStore
+
+    found = {folder.absolute().name: FeatureStore.load(folder) for folder in folders}
+    if len(found) < len(folders):
+        raise ValueError(
+            f"`--baseline` stores are told by their folders' names, which must differ, got {[*map(str, folders)]}; "
+            "rename some."
+        )
+    return found
 
 
 @options.documented_by(HEAD, epochs="n_epochs")

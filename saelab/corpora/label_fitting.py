@@ -159,11 +159,16 @@ class _LabelSplit:
         is_train = choose_documents(text.ids, train_frac, seed)
         train = np.random.default_rng(seed).permutation(np.flatnonzero(is_train))
         n = round(THRESHOLD_FRAC * len(train))
+        if n < 2:
+            raise ValueError(
+                f"{THRESHOLD_FRAC:.0%} of the training documents, for thresholds, must be 2 or more, got {len(train)} "
+                f"training documents of {len(text)}; give more documents, or a larger `train_frac`."
+            )
         y = given.matrix.toarray()
         sides = [y[rows] for rows in (is_train, ~is_train)]
         counts = np.min([np.minimum(side.sum(0), (~side).sum(0)) for side in sides], axis=0)
         keep = counts >= min_count
-        if not keep.any() or n < 2:
+        if not keep.any():
             raise ValueError(
                 f"`labels` must have one that {min_count} training and {min_count} held-out documents have and as many "
                 f"have not (`min_count`), got at most {int(counts.max(initial=0))}; give more documents."

@@ -29,6 +29,8 @@ if TYPE_CHECKING:
     from plotly.graph_objects import Figure, Scatter
 
 N_COLUMNS = 3
+PANEL, LEGEND = 190, 28
+"""heights of a row of panels and of the legend above them, in pixels"""
 SHOWN = 32
 """tokens of a prompt that are drawn, the last ones"""
 WIDEST = 12
@@ -66,12 +68,22 @@ def plot_layer_profile(profile: LayerProfile, measures: Sequence[str] | None = N
         for line in _draw_measure(one, is_first=i == 0):
             figure.add_trace(line, **place)
     figure.update_xaxes(rangemode="tozero", dtick=max(1, len(profile.hook_points) // 6))
-    figure.update_layout(legend={"orientation": "h", "y": 1.0 + 0.2 / n_rows, "yanchor": "bottom"})
     note = (
         f"{profile.model}, {profile.source}: {profile.n_tokens:,} tokens of {profile.n_prompts:,} prompts in "
         f"{profile.n_groups} groups, seed {profile.seed}; x: blocks run; bars: standard deviation over groups"
     )
-    return apply_layout(figure, "Layers", note, 190 * n_rows + 30)
+    return _lay_out_panels(figure, "Layers", note, n_rows)
+
+
+def _lay_out_panels(figure: "Figure", title: str, note: str, n_rows: int) -> "Figure":
+    """The common layout, with room for a legend in a row between the note and the panels' titles."""
+    figure = apply_layout(figure, title, note, PANEL * n_rows + 30)
+    figure.update_layout(
+        legend={"orientation": "h", "y": 1.0 + 0.2 / n_rows, "yanchor": "bottom"},
+        height=figure.layout.height + LEGEND,
+        margin={"t": figure.layout.margin.t + LEGEND},
+    )
+    return figure
 
 
 def _draw_measure(one: LayerMeasure, is_first: bool) -> "list[Scatter]":
@@ -124,12 +136,11 @@ def plot_word_geometry(found: WordGeometry, measures: Sequence[str] | None = Non
         figure.add_trace(value, **place)
         figure.add_trace(null, **place)
     figure.update_xaxes(dtick=1)
-    figure.update_layout(legend={"orientation": "h", "y": 1.0 + 0.2 / n_rows, "yanchor": "bottom"})
     note = (
         f"{found.model}, {found.source}: {found.n_words:,} words, {found.n_in_topics:,} in {len(found.topics)} topics, "
         f"{found.n_tokens:,} tokens, {found.n_permutations} permutations, seed {found.seed}; x: layers"
     )
-    return apply_layout(figure, "Words in each layer", note, 190 * n_rows + 30)
+    return _lay_out_panels(figure, "Words in each layer", note, n_rows)
 
 
 def plot_lens(found: TokenLens) -> "Figure":

@@ -106,12 +106,12 @@ def test_prompts_are_cut_shuffled_and_changed_where_the_mask_keeps(tales, storie
 
 def test_the_same_seed_gives_the_same_numbers_and_leaves_the_rest(tiny, tiny_tokens) -> None:
     state = torch.random.get_rng_state()
-    weights = {name: value.clone() for name, value in tiny.state_dict().items()}
+    weights = {name: value.clone() for name, value in tiny.named_parameters()}
     given = {"length": 10, "n_prompts": 24, "n_groups": 3, "n_views": 2, "progress": False}
     first, again, other = (layer_profile(tiny, tiny_tokens, seed=seed, **given) for seed in (0, 0, 1))
     assert json.dumps(first.to_dict()) == json.dumps(again.to_dict()) != json.dumps(other.to_dict())
     assert torch.equal(torch.random.get_rng_state(), state)
-    assert all(torch.equal(value, weights[name]) for name, value in tiny.state_dict().items())
+    assert all(torch.equal(value, weights[name]) for name, value in tiny.named_parameters())
 
 
 def make(text: np.ndarray, shuffled: np.ndarray, chance: np.ndarray | None = None) -> LayerMeasure:
@@ -146,6 +146,10 @@ def test_it_prints_what_fails_first_and_what_it_cannot_show(profile: LayerProfil
     figure = sl.visualization.plot_layer_profile(profile)
     assert len(figure.data) == sum(3 if one.chance is not None else 2 for one in profile.measures)
     assert figure.data[0].y[1] == pytest.approx(profile["entropy"].mean[1])
+    for names in (None, ["entropy"]):  # a legend of 20 pixels lies between the note's lines of 22 and the panels
+        at = sl.visualization.plot_layer_profile(profile, names).layout
+        panels = at.height - at.margin.t - at.margin.b
+        assert at.margin.t - 44 - 22 * at.title.text.count("<br>") > (at.legend.y - 1) * panels + 20
     with pytest.raises(KeyError, match="entropi"):
         profile["entropi"]
 

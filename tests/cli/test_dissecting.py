@@ -31,7 +31,9 @@ def test_detectors_of_planted_tokens(folder, capsys) -> None:
     saved = json.loads((folder / "found.json").read_text())
     assert [(c["feature"], c["sign"]) for c in saved["concepts"]] == list(SIDES.values())
     # codes of the next token tell nothing
-    assert saved["rows"][3]["name"].endswith("store") and saved["rows"][3]["n_unique_clear"] == 0
+    assert saved["rows"][3]["name"] == "store" and saved["rows"][3]["n_unique_clear"] == 0
+    assert dispatch([*words, *["--baseline", str(folder / "other/store")] * 2]) == 2
+    assert "names, which must differ" in capsys.readouterr().err
     assert dispatch([*words, "--json"]) == 0
     assert "no random dictionary" in json.loads(capsys.readouterr().out)["warning"]
 
