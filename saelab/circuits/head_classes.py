@@ -119,7 +119,7 @@ def classify_heads(
     seed: int = 0,
     allow_mismatch: bool = False,
 ) -> HeadClasses:
-    """Accuracy of attention heads as features of texts: by nearest class mean in a head's output, and by a vote of heads.
+    """Accuracy of attention heads as features of texts: by nearest class mean in heads, and by a vote of heads.
 
         v_h(text) = pooled outputs of head h in front of W_O,    class of h = argmax_c cos(v_h, mean of class c's shots)
 

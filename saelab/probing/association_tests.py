@@ -12,7 +12,6 @@ from torch import Tensor
 from saelab.functional.metrics import exact
 from saelab.stores.results import Result
 
-Vectors = Float[Tensor, "n d"] | Float[np.ndarray, "n d"]
 Alternative = Literal["greater", "two-sided"]
 """Whether words of the first set are expected nearer to the first attributes, or nothing is"""
 LEVEL = 0.05
@@ -69,10 +68,10 @@ class AssociationTest(Result):
 
 
 def association_test(
-    vectors_x: Vectors,
-    vectors_y: Vectors,
-    attributes_a: Vectors,
-    attributes_b: Vectors,
+    vectors_x: Float[Tensor, "n_x d"] | Float[np.ndarray, "n_x d"],
+    vectors_y: Float[Tensor, "n_y d"] | Float[np.ndarray, "n_y d"],
+    attributes_a: Float[Tensor, "n_a d"] | Float[np.ndarray, "n_a d"],
+    attributes_b: Float[Tensor, "n_b d"] | Float[np.ndarray, "n_b d"],
     *,
     alternative: Alternative = "greater",
     n_permutations: int = 20_000,
@@ -90,10 +89,10 @@ def association_test(
     Source: Caliskan et al. 2017, arXiv:1608.07187.
 
     Args:
-        vectors_x: (n, d) vectors of the first words.
-        vectors_y: (n, d) of the second words.
-        attributes_a: (n, d) of the first attributes.
-        attributes_b: (n, d) of the second attributes.
+        vectors_x: (n_x, d) vectors of the first words.
+        vectors_y: (n_y, d) of the second words.
+        attributes_a: (n_a, d) of the first attributes.
+        attributes_b: (n_b, d) of the second attributes.
         alternative: "greater" for the difference as written, "two-sided" for both.
         n_permutations: most partitions of each null.
         seed: of random partitions.
@@ -115,7 +114,7 @@ def association_test(
     given = {"vectors_x": vectors_x, "vectors_y": vectors_y, "attributes_a": attributes_a, "attributes_b": attributes_b}
     x, y, a, b = (read_unit_rows(value, name) for name, value in given.items())
     if len({one.shape[1] for one in (x, y, a, b)}) > 1:
-        raise ValueError(f"Vectors must have one width, got {[one.shape[1] for one in (x, y, a, b)]}.")
+        raise ValueError(f"Vectors must have one width, got {[one.shape[1] for one in (x, y, a, b)]}; read one layer.")
     words = [one @ (a.mean(0) - b.mean(0)) for one in (x, y)]
     attributes = [one @ (x.mean(0) - y.mean(0)) for one in (a, b)]
     spread = float(np.concatenate(words).std())

@@ -164,7 +164,7 @@ def _read_pairs(pairs: Sequence[tuple[int, int]], name: str, n: int) -> Int[np.n
 
 
 def _fit(
-    x: Float[Tensor, "n d"], pairs: Int[np.ndarray, "n 2"], turned: Bool[np.ndarray, "n_draws n"]
+    x: Float[Tensor, "n_words d"], pairs: Int[np.ndarray, "n 2"], turned: Bool[np.ndarray, "n_draws n"]
 ) -> Float[Tensor, "n_draws d"]:
     """Weights for each draw of turned pairs, from differences in both directions: the best intercept is 0."""
     d = (x[pairs[:, 0]] - x[pairs[:, 1]]).numpy()
@@ -174,7 +174,7 @@ def _fit(
 
 
 def _decide(
-    x: Float[Tensor, "n d"], weights: Float[Tensor, "n_draws d"], pairs: Int[np.ndarray, "n 2"]
+    x: Float[Tensor, "n_words d"], weights: Float[Tensor, "n_draws d"], pairs: Int[np.ndarray, "n 2"]
 ) -> Float[Tensor, "n n_draws"]:
     """1 where a probe puts the first word first, 1/2 where it cannot tell."""
     scores = (x[pairs[:, 0]] - x[pairs[:, 1]]) @ weights.T
