@@ -170,7 +170,7 @@ def classify_heads(
         test = np.setdiff1d(np.arange(len(y)), shot)
         at_random = rng.permutation(len(heads))[:n_best]
         for kind, given in enumerate((y[shot], rng.permutation(y[shot]))):
-            task = _Task(shot, test, torch.from_numpy(given), torch.from_numpy(y[test]), len(classes))
+            task = _ShotLabels(shot, test, torch.from_numpy(given), torch.from_numpy(y[test]), len(classes))
             on_shots, cosines = task.leave_out(heads), task.nearest(heads)
             if kind == 0:
                 chosen_by.append(on_shots)
@@ -259,7 +259,7 @@ def _others(x: Float[Tensor, "batch n d"], sae: SAE | None) -> Iterator[tuple[st
 
 
 @dataclass(frozen=True, eq=False)
-class _Task:
+class _ShotLabels:
     """One draw of shots and the labels given to them."""
 
     shot: Int[np.ndarray, "m"]
@@ -275,16 +275,16 @@ class _Task:
     def nearest(self, x: Float[Tensor, "h n d"]) -> Float[Tensor, "h n_test n_classes"]:
         """Cosines of each text with the mean of each class."""
         means = torch.einsum("hmd,mc->hcd", x[:, self.shot], self._members)
-        return _unit(x[:, self.test]) @ _unit(means).transpose(1, 2)
+        return _normalize(x[:, self.test]) @ _normalize(means).transpose(1, 2)
 
     def leave_out(self, x: Float[Tensor, "h n d"]) -> Float[Tensor, "h"]:
         """Accuracy on the shots, each left out of the mean of its class."""
         rows, own = x[:, self.shot], self._members
         sums = torch.einsum("hmd,mc->hcd", rows, own)
         counts = own.sum(0)
-        cosines = _unit(rows) @ _unit(sums).transpose(1, 2)
+        cosines = _normalize(rows) @ _normalize(sums).transpose(1, 2)
         left = (sums[:, self.given] - rows) / (counts[self.given] - 1).clamp(min=1)[:, None]
-        cosines[:, torch.arange(len(self.given)), self.given] = (_unit(rows) * _unit(left)).sum(2)
+        cosines[:, torch.arange(len(self.given)), self.given] = (_normalize(rows) * _normalize(left)).sum(2)
         return (cosines.argmax(2) == self.given).double().mean(1)
 
     def vote(self, cosines: Float[Tensor, "h n_test n_classes"]) -> float:
@@ -298,5 +298,5 @@ class _Task:
         return float((scores.argmax(1) == self.truth).double().mean())
 
 
-def _unit(x: Tensor) -> Tensor:
+def _normalize(x: Tensor) -> Tensor:
     return x / x.norm(dim=-1, keepdim=True).clamp(min=1e-30)

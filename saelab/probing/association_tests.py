@@ -112,7 +112,7 @@ def association_test(
             f"'{alternative}' and {n_permutations}."
         )
     given = {"vectors_x": vectors_x, "vectors_y": vectors_y, "attributes_a": attributes_a, "attributes_b": attributes_b}
-    x, y, a, b = (read_unit_rows(value, name) for name, value in given.items())
+    x, y, a, b = (_normalize_rows(value, name) for name, value in given.items())
     if len({one.shape[1] for one in (x, y, a, b)}) > 1:
         raise ValueError(f"Vectors must have one width, got {[one.shape[1] for one in (x, y, a, b)]}; read one layer.")
     words = [one @ (a.mean(0) - b.mean(0)) for one in (x, y)]
@@ -137,7 +137,7 @@ def association_test(
     )
 
 
-def read_unit_rows(value: Any, name: str, least: int = 2) -> Float[np.ndarray, "n d"]:
+def _normalize_rows(value: Any, name: str, least: int = 2) -> Float[np.ndarray, "n d"]:
     """Vectors as rows of length 1 in float64; ValueError unless there are `least`, all finite and of some length."""
     rows = read_rows(value, name, least)
     sizes = np.linalg.norm(rows, axis=1, keepdims=True)

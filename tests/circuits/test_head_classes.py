@@ -92,9 +92,9 @@ def test_labels_that_say_nothing_are_told(setup) -> None:
 
 
 def test_a_vote_follows_the_majority_and_cosines_decide_ties() -> None:
-    from saelab.circuits.head_classes import _Task
+    from saelab.circuits.head_classes import _ShotLabels
 
-    task = _Task(np.arange(2), np.arange(2, 4), torch.tensor([0, 1]), torch.tensor([0, 1]), 2)
+    task = _ShotLabels(np.arange(2), np.arange(2, 4), torch.tensor([0, 1]), torch.tensor([0, 1]), 2)
     heads = torch.tensor([[[0.6, 0.5], [0.1, 0.2]], [[0.6, 0.5], [0.1, 0.2]], [[-1.0, 1.0], [1.0, -1.0]]])
     assert task.vote(heads) == 1.0
     assert task.vote(heads[[0, 2]]) == 0.0  # one vote each: the surer head decides

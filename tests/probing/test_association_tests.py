@@ -75,7 +75,7 @@ def test_random_partitions_agree_with_all_and_count_the_true_one() -> None:
     exact, drawn = association_test(*sets), association_test(*sets, n_permutations=400)
     assert drawn.n_partitions == (400, 400) and drawn.is_exact == (False, False)
     assert abs(exact.p - drawn.p) < 4 * math.sqrt(0.25 / 400)
-    assert association_test(*plant(3, 3.0), n_permutations=99).p == pytest.approx(1 / 100, abs=0.02)
+    assert 1 / 100 <= association_test(*plant(3, 3.0), n_permutations=99).p <= 3 / 100  # drawn again at times
     assert drawn.p == association_test(*sets, n_permutations=400).p
     assert "random 400 partitions" in str(drawn) and json.loads(json.dumps(drawn.to_dict()))["sizes"] == [N] * 4
 

@@ -35,7 +35,11 @@ def test_the_subspace_is_the_planted_one() -> None:
     x, _ = plant(0)
     found = bias_subspace(x[4 * N : 5 * N], x[5 * N : 6 * N], 1)
     assert found.basis[0, 0] > 0.99 and found.shares[0] > 0.9 and np.mean(found.repaired) < found.shares[0]
-    a, b = np.random.default_rng(0).standard_normal((2, N, D))
+    turned = bias_subspace(x[5 * N : 6 * N], x[4 * N : 5 * N], 1)
+    assert np.allclose(turned.basis, -found.basis)
+    for seed in range(4):
+        a, b = np.random.default_rng(seed).standard_normal((2, N, D))
+        assert (bias_subspace(a, b, 4).basis @ (a - b).mean(0) >= 0).all()
     assert "words paired at random" in bias_subspace(a, b).failed[0]
     two = bias_subspace(x[4 * N : 5 * N], x[5 * N : 6 * N], 2)
     assert np.allclose(two.basis @ two.basis.T, np.eye(2)) and two.shares[0] > two.shares[1]
@@ -80,6 +84,13 @@ def test_a_planted_bias_goes_and_random_directions_leave_it() -> None:
     assert found[EQUALIZED].statistic == after.statistic and np.isnan(after.loss) and found.n_tokens == 0
     assert not any("random directions" in one or "after the edit" in one for one in found.failed)
     assert json.loads(json.dumps(found.to_dict()))["n_words"] == 6 * N + 20
+
+
+def test_what_all_words_share_changes_nothing() -> None:
+    x, names = plant(7)
+    for one, other in zip(score(x, names).rows, score(x + 5 * np.arange(D), names).rows, strict=True):
+        assert one.effects == pytest.approx(other.effects) and one.statistic == pytest.approx(other.statistic)
+        assert one.neighbors_kept == pytest.approx(other.neighbors_kept, abs=0.01)
 
 
 def test_bias_beside_the_subspace_is_told_by_neighbors() -> None:

@@ -58,6 +58,9 @@ def test_units_of_columns_change_no_decision() -> None:
     scale = torch.logspace(-3, 3, D, dtype=torch.float64)
     small, large = (preference_probe(one, pairs, transfer, n_draws=19) for one in (x, x * scale))
     assert [row.accuracy for row in small.rows] == pytest.approx([row.accuracy for row in large.rows])
+    rows = slice(0, 20), slice(20, 40)
+    told = small.prefer(x[rows[0]], x[rows[1]]), large.prefer(*(x[some] * scale for some in rows))
+    assert torch.allclose(*told, atol=1e-3)
     constant = torch.cat([x, torch.ones(N, 1, dtype=torch.float64)], 1)
     assert np.isfinite(preference_probe(constant, pairs, n_draws=19).weights).all()
 
