@@ -60,12 +60,15 @@ def test_p_is_uniform_without_bias() -> None:
 def test_words_that_are_apart_pass_the_null_of_words_alone() -> None:
     """Attributes without an axis of their own: two clouds of words are told apart along any difference of them."""
     seeds = []
-    for seed in range(20):
+    for seed in range(40):
         x, y, *_ = plant(seed, 0.0, apart=3.0)
         a, b = np.random.default_rng(900 + seed).standard_normal((2, N, D))
         seeds.append(association_test(x, y, a, b, alternative="two-sided", seed=seed))
-    assert np.mean([one.p <= 0.05 for one in seeds]) > 0.7
-    assert np.mean([one.p_attributes <= 0.05 for one in seeds]) < 0.3  # 0.05, four standard errors
+    by_words, by_attributes = (
+        np.mean([one <= 0.05 for one in ps]) for ps in zip(*((s.p, s.p_attributes) for s in seeds), strict=False)
+    )
+    assert by_words > 0.25  # about 0.6, less four standard errors
+    assert by_attributes < 0.19  # 0.05 and four standard errors
     failing = next(one for one in seeds if one.p <= 0.05 < one.p_attributes)
     assert str(failing).startswith("A null is not passed: attributes permuted")
 
