@@ -31,6 +31,12 @@ if TYPE_CHECKING:
         group_by_label as group_by_label,
         influence_shares as influence_shares,
     )
+    from saelab.circuits.head_classes import (
+        ClassifierScore as ClassifierScore,
+        HeadClasses as HeadClasses,
+        HeadPooling as HeadPooling,
+        classify_heads as classify_heads,
+    )
     from saelab.circuits.head_overlaps import HeadOverlap as HeadOverlap, Read as Read, head_overlap as head_overlap
     from saelab.circuits.tracing import trace as trace
 

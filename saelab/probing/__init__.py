@@ -1,10 +1,21 @@
-"""Linear probes of concepts: directions, sparse probes on features, and concept erasure."""
+"""Linear probes of concepts: directions, sparse probes on features, concept erasure, and tests of bias."""
 
 from typing import TYPE_CHECKING
 
 from saelab._lazy import attach
 
 if TYPE_CHECKING:
+    from saelab.probing.association_tests import (
+        Alternative as Alternative,
+        AssociationTest as AssociationTest,
+        association_test as association_test,
+    )
+    from saelab.probing.bias_subspaces import (
+        BiasSubspace as BiasSubspace,
+        bias_subspace as bias_subspace,
+        equalize as equalize,
+        neutralize as neutralize,
+    )
     from saelab.probing.concept_embeddings import (
         ConceptEmbedding as ConceptEmbedding,
         ConceptEmbeddings as ConceptEmbeddings,
@@ -22,6 +33,11 @@ if TYPE_CHECKING:
         UnsupervisedDirections as UnsupervisedDirections,
         find_unsupervised_directions as find_unsupervised_directions,
         score_contrasts as score_contrasts,
+    )
+    from saelab.probing.debiasing import (
+        Debiasing as Debiasing,
+        DebiasingScore as DebiasingScore,
+        score_debiasing as score_debiasing,
     )
     from saelab.probing.distributed_alignment import (
         AlignmentSearch as AlignmentSearch,
@@ -44,6 +60,11 @@ if TYPE_CHECKING:
         To as To,
         density_matched_features as density_matched_features,
         fit_direction as fit_direction,
+    )
+    from saelab.probing.preference_probes import (
+        PreferenceProbe as PreferenceProbe,
+        PreferenceScore as PreferenceScore,
+        preference_probe as preference_probe,
     )
     from saelab.probing.sparse_probing import (
         ProbedFeature as ProbedFeature,

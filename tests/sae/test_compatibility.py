@@ -124,6 +124,11 @@ def split_heads(at: At, **how) -> None:
     sl.circuits.split_by_head(graph, at.model, sae, int(node), **how)
 
 
+def classify_heads(at: At, **how) -> None:
+    texts = sl.tokenize(at.model, ["one", "two"] * 3, ctx_len=8, packed=False)
+    sl.circuits.classify_heads(at.model, texts, ["a", "b"] * 3, 2, sae=at.sae, n_draws=2, **how)
+
+
 CALLS: dict[str, Callable] = {
     "steer by nothing": lambda at, **how: enter(sl.steer(at.model, at.sae, {3: 0.0}, **how)),
     "ActivationCondition": lambda at, **how: enter(
@@ -186,6 +191,7 @@ CALLS: dict[str, Callable] = {
     "steer_to_prototype": steer_to,
     "attention_score": score_attention,
     "split_by_head": split_heads,
+    "classify_heads": classify_heads,
     "trace": trace_prompt,
     "validate": validate_graph,
     "steering_curve": steering_curve,
