@@ -6,6 +6,7 @@ from saelab._lazy import attach
 
 if TYPE_CHECKING:
     from saelab.corpora.code_index import CodeIndex as CodeIndex, StoredValues as StoredValues
+    from saelab.corpora.coded_documents import label_documents as label_documents
     from saelab.corpora.conceptual_space import (
         ConceptBank as ConceptBank,
         ConceptualSpace as ConceptualSpace,
@@ -64,7 +65,7 @@ if TYPE_CHECKING:
         LabelFeature as LabelFeature,
         LabelHead as LabelHead,
     )
-    from saelab.corpora.label_fitting import label_documents as label_documents, label_head as label_head
+    from saelab.corpora.label_fitting import label_head as label_head
     from saelab.corpora.topics import (
         TopicMethod as TopicMethod,
         Topics as Topics,

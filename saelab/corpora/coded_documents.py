@@ -10,6 +10,7 @@ from torch import Tensor
 from saelab.evaluation.feature_classifiers import read_values
 from saelab.evaluation.side_masks import Coded, read_acts
 from saelab.functional.indices import find_runs
+from saelab.lm.token_labels import LabelsLike, TokenLabels
 from saelab.stores.feature_store import FeatureStore
 
 if TYPE_CHECKING:
@@ -143,6 +144,28 @@ class CodedDocuments:
                 peaks, at = np.zeros(0, np.float32), keys
             parts.append(csr_matrix((peaks, (at // n, at % n)), shape=(len(chosen), n)))
         return vstack(parts, format="csr")
+
+
+def label_documents(labels: LabelsLike, doc_ids: Shaped[Any, "n_tokens"] | None = None) -> TokenLabels:
+    """Labels of documents from those of their tokens: a document has a label where some token of it has.
+
+    Args:
+        labels: which concepts are true of each token.
+        doc_ids: document of each token, where the labels do not have them.
+
+    >>> found = label_documents({"odd": [True, False, False]}, np.array([4, 4, 7]))
+    >>> found["odd"].tolist(), found.doc_ids.tolist()
+    ([True, False], [4, 7])
+    """
+    from scipy.sparse import csr_matrix
+
+    given = TokenLabels.of(labels, doc_ids=doc_ids)
+    kept = given.require_documents() >= 0
+    documents, own = np.unique(given.require_documents()[kept], return_inverse=True)
+    inside = csr_matrix((np.ones(len(own), np.int32), (own, np.flatnonzero(kept))), (len(documents), given.n_tokens))
+    return TokenLabels(
+        given.concepts, (inside @ given.matrix.astype(np.int32)).astype(bool), (len(documents),), documents
+    )
 
 
 def attend(scores: Float[Tensor, "n n_labels"], own: Int[Tensor, "n"], n_documents: int) -> Float[Tensor, "n n_labels"]:

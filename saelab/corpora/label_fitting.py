@@ -33,28 +33,6 @@ KS = (1, 5)
 _Numbers: TypeAlias = Int[np.ndarray, "_"]
 
 
-def label_documents(labels: LabelsLike, doc_ids: Shaped[Any, "n_tokens"] | None = None) -> TokenLabels:
-    """Labels of documents from those of their tokens: a document has a label where some token of it has.
-
-    Args:
-        labels: which concepts are true of each token.
-        doc_ids: document of each token, where the labels do not have them.
-
-    >>> found = label_documents({"odd": [True, False, False]}, np.array([4, 4, 7]))
-    >>> found["odd"].tolist(), found.doc_ids.tolist()
-    ([True, False], [4, 7])
-    """
-    from scipy.sparse import csr_matrix
-
-    given = TokenLabels.of(labels, doc_ids=doc_ids)
-    kept = given.require_documents() >= 0
-    documents, own = np.unique(given.require_documents()[kept], return_inverse=True)
-    inside = csr_matrix((np.ones(len(own), np.int32), (own, np.flatnonzero(kept))), (len(documents), given.n_tokens))
-    return TokenLabels(
-        given.concepts, (inside @ given.matrix.astype(np.int32)).astype(bool), (len(documents),), documents
-    )
-
-
 @torch.inference_mode(False)  # it learns, whatever the caller's mode
 def label_head(
     codes: Coded,

@@ -107,7 +107,7 @@ class Debiasing(Result):
             ps = [f"{np.mean(p):.3f}" for p in (row.p, row.p_attributes)]
             bias = "-" if row.neighbor_bias != row.neighbor_bias else f"{row.neighbor_bias:.3f}"
             cells = [f"{row.statistic:+.4f}", *ps, f"{row.neighbors_kept:.3f}", bias, loss]
-            table.append([row.name, format_spread(row.effects, 2), *cells])
+            table.append([row.name, format_spread(row.effects, "+.2f"), *cells])
         null = f"neighbors' bias of permuted words: {format_spread(self.neighbor_bias_permuted)}"
         return "\n".join(
             [
