@@ -128,6 +128,15 @@ class HuggingFaceModel:
         """What the Hugging Face model returns."""
         return self.original_model(*args, **kwargs)
 
+    def __getattr__(self, name: str) -> Any:
+        """AttributeError that says where to find what others have: a bridge, or the Hugging Face model."""
+        if name.startswith("__") or "original_model" not in self.__dict__:
+            raise AttributeError(name)
+        has = hasattr(self.original_model, name)
+        advice = f"Take `.original_model.{name}`" if has else "For what a TransformerBridge has, load it with"
+        ending = "." if has else " backend='transformer_lens'."
+        raise AttributeError(f"{type(self).__name__} has no attribute '{name}'. {advice}{ending}", name=name, obj=self)
+
     def __repr__(self) -> str:
         sizes = f"{self.cfg.n_layers} layers of width {self.cfg.d_model}"
         return f"{type(self).__name__}({Path(self.cfg.model_name).name!r}, {self.cfg.architecture}, {sizes})"

@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 import weakref
+from copy import copy
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -403,3 +404,12 @@ def test_a_tokenizer_saved_later_is_found(tmp_path: Path) -> None:
     assert HuggingFaceModel(tiny.original_model).tokenizer is None
     tiny.tokenizer.save_pretrained(tmp_path)
     assert HuggingFaceModel(tiny.original_model).tokenizer is not None
+
+
+def test_what_a_plain_model_has_not_is_told_where_it_is() -> None:
+    model = load_model("tiny", backend="huggingface")
+    with pytest.raises(AttributeError, match="backend='transformer_lens'"):
+        model.run_with_cache  # noqa: B018
+    with pytest.raises(AttributeError, match=r"original_model\.generate"):
+        model.generate  # noqa: B018
+    assert not hasattr(model, "blocks") and copy(model).cfg is model.cfg
