@@ -217,7 +217,7 @@ def evaluate(s: Subject) -> None:
 
 def splice(s: Subject) -> None:
     with sl.splice(s.model, s.sae):
-        assert isinstance(s.model(s.tokens.ids.to("cuda")), OnDevice)
+        assert isinstance(s.model(s.tokens.ids.to("cuda")).logits, OnDevice)
 
 
 def steer(s: Subject) -> None:

@@ -413,7 +413,7 @@ def _fit(
         after = read.exchange(train[rows], torch.linalg.qr(weights).Q, grad=True)
         score = (toward[rows] * (after - read.before[train[rows]].to(after))).mean() / gap
         optimizer.zero_grad()
-        (1 - score).backward()
+        (weights.grad,) = torch.autograd.grad(1 - score, weights)  # the model's own weights get none
         torch.nn.utils.clip_grad_norm_([weights], CLIP)
         optimizer.step()
     return torch.linalg.qr(weights.detach()).Q

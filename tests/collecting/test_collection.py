@@ -345,6 +345,7 @@ def collect_made_up(folder: Path, slow: float) -> None:
 
     reader.capture, reader.find_hook_point = forward, lambda model, name: name
     reader.make_captures = lambda *_: []
+    reader.hook_points_of = lambda _: SimpleNamespace(is_plain=True, agrees=True)
     reader.as_model = collection.as_model = lambda model: model
     reader.describe_model = lambda _: SimpleNamespace(name="m", weight_processing="none", versions={}, backend=None)
     model = torch.nn.Linear(1, 8)

@@ -69,7 +69,7 @@ def test_a_norm_that_reads_several_blocks_has_no_direct_effects() -> None:
 
 def test_hooks_that_lead_to_other_modules_lead_to_the_copies() -> None:
     """The bridge of OPT has no module for an MLP as a whole: hooks on its parts fire the hook points of the whole."""
-    family, point = Family(build("OPTForCausalLM")), "blocks.1.mlp.hook_out"
+    family, point = Family(build("OPTForCausalLM"), "transformer_lens"), "blocks.1.mlp.hook_out"
     other = share_weights(family.model)
     seen: list[torch.Tensor] = []
     family.model.hook_dict[point].add_hook(lambda x, hook: seen.append(x))

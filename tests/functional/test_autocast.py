@@ -95,7 +95,6 @@ def test_hook_points_are_measured_without_autocast(tokens: sl.Tokens) -> None:
         sl.collect(measured, tokens, HOOK, **QUIET)
     exact = sl.collect(sl.lm.tiny_model(), tokens, HOOK, **QUIET)
     assert torch.equal(sl.collect(measured, tokens, HOOK, **QUIET)[:], exact[:])
-    assert sl.lm.hook_points.hook_points_of(measured).look(HOOK).agrees
 
 
 def test_contexts_restore_what_was_in_force() -> None:

@@ -40,6 +40,7 @@ def test_scores_are_those_of_patching_one_prompt_into_the_other(tiny):
     after, before, target = np.array(by_hand).T
     assert found["search"].scores[0] == pytest.approx((after - before).mean() / (target - before).mean(), abs=1e-3)
     assert found["search"].accuracies[0] == pytest.approx((after > 0).mean())
+    assert all(parameter.grad is None for parameter in tiny.parameters()), "the user's model is left as it was"
 
 
 def test_what_the_last_block_hands_on_is_the_answer(found):

@@ -558,7 +558,7 @@ def test_a_chat_template_is_used_where_there_is_one(tiny, monkeypatch):
 
 def test_a_local_model_answers_alike_through_its_bridge() -> None:
     """A user's hook has the bridge run, which loses its cache with transformers 5.24: the answer is the same."""
-    plain, hooked = sl.lm.tiny_model(), sl.lm.tiny_model()
+    plain, hooked = (sl.load_model("tiny", backend=name) for name in ("huggingface", "transformer_lens"))
     with torch.no_grad():
         for model in (plain, hooked):
             generator = torch.Generator().manual_seed(0)
