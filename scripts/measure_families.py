@@ -77,11 +77,15 @@ def read(args: argparse.Namespace) -> Sentences:
         np.savez(args.embeddings, **made)
     found = np.load(args.embeddings)
     first = np.sort(np.unique(found["sentence_ids"], return_index=True)[1])
+    if args.repeats:
+        first = np.random.default_rng(0).permutation(len(found["sentence_ids"]))
     texts = [texts[i] for i in first]
     counter = CountVectorizer(binary=True, min_df=MIN_SENTENCES, max_df=0.2, token_pattern=r"[a-z]+")
     docs = found["doc_ids"][first]
     acts = sl.embed(torch.from_numpy(found["embeddings"])[first], texts, progress=False)
-    return Sentences(acts, counter.fit_transform(texts), docs >= docs[len(docs) * 9 // 10])
+    last = np.arange(len(docs)) >= len(docs) * 9 // 10
+    held_out = last if args.repeats else docs >= docs[len(docs) * 9 // 10]
+    return Sentences(acts, counter.fit_transform(texts), held_out)
 
 
 # ---- dictionaries
@@ -395,6 +399,7 @@ def main() -> None:
     )
     minilm.add_argument("--n-sentences", type=int, default=20_000)
     minilm.add_argument("--n-tokens", type=int, default=400_000, help="sentences to train each SAE on, over and over")
+    minilm.add_argument("--repeats", action="store_true", help="sentences as they come, split at random")
     tales.add_argument("--n-stories", type=int, default=1200)
     tales.add_argument("--n-sentences", type=int, default=8_000)
     tales.add_argument("--n-tokens", type=int, default=200_000)
