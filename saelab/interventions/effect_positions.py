@@ -19,6 +19,8 @@ from saelab.lm.tokenizers import is_punctuation, token_strings
 from saelab.lm.tokens import Tokens
 from saelab.stores.results import Result, find_row, format_spread, format_table
 
+MARGIN = 1.001  # random subspaces that are the same space differ by rounding alone
+
 
 @dataclass(frozen=True, kw_only=True)
 class EffectShare:
@@ -71,7 +73,7 @@ class EffectPositions(Result):
     def reason(self) -> str:
         """Why there are no shares; empty where there are."""
         most = max(abs(one) for drawn in self.random_directions for one in drawn)
-        if min(map(abs, self.total)) > most:
+        if min(map(abs, self.total)) > MARGIN * most:
             return ""
         return (
             f"a random subspace of rank {self.rank} changes the metric by {most:.3g}, so there is no effect to divide"
